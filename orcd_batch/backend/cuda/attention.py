@@ -1,0 +1,131 @@
+"""How attention is laid out on a card: warps, stages, shared memory. None of it changes a bit."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.ops import BLOCK_SIZE
+from orcd_batch.errors import DeviceError
+
+# As in kernels/attention.cu, where they fix the arithmetic: tiles of BLOCK_SIZE keys, so many to a
+# split, rows in mma tiles of 16.
+SPLIT_TILES = 4
+MMA_ROWS = 16
+
+MAX_HEAD_DIM = 128
+MAX_WARPS = 4
+NUM_STAGES = 2
+
+_WARP = 32
+# The decode kernel's running sum has one int a warp in static shared memory, and alignment.
+_STATIC_SHARED_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """One variant of the attention kernel; the sizes in bytes are per block of threads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    is_prefill: bool
+    num_warps: int
+    row_tiles: int
+    shared_bytes: int
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {
+            "NUM_HEADS": self.num_heads,
+            "NUM_KV_HEADS": self.num_kv_heads,
+            "HEAD_DIM": self.head_dim,
+            "PREFILL": int(self.is_prefill),
+            "WARPS": self.num_warps,
+            "ROW_TILES": self.row_tiles,
+            "STAGES": NUM_STAGES,
+        }
+
+    @property
+    def threads(self) -> int:
+        return self.num_warps * _WARP
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def max_blocks(self, max_model_len: int) -> int:
+        """Cache blocks of the longest sequence."""
+        return -(-max_model_len // BLOCK_SIZE)
+
+    def num_row_blocks(self, num_tokens: int, num_seqs: int) -> int:
+        """Prefill: an upper bound on the blocks of rows, whatever the sequences' lengths."""
+        rows = self.num_warps * self.row_tiles * MMA_ROWS
+        return num_tokens * self.group // rows + num_seqs
+
+    def partial_floats(self, num_seqs: int, max_blocks: int) -> int:
+        """Decode: room for every split's output, maximum and sum."""
+        splits = num_seqs * -(-max_blocks // SPLIT_TILES)
+        rows = min(self.group, MMA_ROWS)
+        return splits * self._units * rows * (self.head_dim + 2)
+
+    def num_counters(self, num_seqs: int) -> int:
+        """Decode: one for each sequence, KV head and tile of its rows."""
+        return num_seqs * self._units
+
+    @property
+    def _units(self) -> int:
+        return self.num_kv_heads * -(-self.group // MMA_ROWS)
+
+
+@lru_cache(maxsize=64)
+def _check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise DeviceError(
+            f"This model's head dim is {head_dim} and the GPU's attention needs a multiple of 16 "
+            f"up to {MAX_HEAD_DIM}; use engine=numpy."
+        )
+    if num_heads % num_kv_heads:
+        raise DeviceError(
+            f"This model has {num_heads} query heads for {num_kv_heads} KV heads and the GPU's "
+            "attention needs a whole number of them each; use engine=numpy."
+        )
+
+
+def decode_shape(
+    device: Device, num_heads: int, num_kv_heads: int, head_dim: int, num_seqs: int
+) -> AttentionShape:
+    """One query per sequence: as many warps, each with its own stages, as shared memory holds."""
+    _check_heads(num_heads, num_kv_heads, head_dim)
+    lists = 4 * (2 * num_seqs + 1)
+    warp_bytes = NUM_STAGES * _stage_bytes(head_dim)
+    room = device.max_shared_memory - _STATIC_SHARED_BYTES - lists
+    num_warps = min(MAX_WARPS, room // warp_bytes)
+    if num_warps < 1:
+        raise DeviceError(
+            f"Attention over {num_seqs} sequences needs {warp_bytes + lists:,} bytes of shared "
+            f"memory and {device.name} has {device.max_shared_memory:,}; lower "
+            "engine.max_num_seqs."
+        )
+    shared_bytes = num_warps * warp_bytes + lists
+    return AttentionShape(num_heads, num_kv_heads, head_dim, False, num_warps, 1, shared_bytes)
+
+
+def prefill_shape(
+    device: Device, num_heads: int, num_kv_heads: int, head_dim: int
+) -> AttentionShape:
+    """Several queries per sequence: two row tiles a warp where registers and memory allow."""
+    _check_heads(num_heads, num_kv_heads, head_dim)
+    for row_tiles in (2, 1) if head_dim <= 96 else (1,):
+        parked = MAX_WARPS * row_tiles * (head_dim // 8 + 1) * _WARP * 16
+        shared_bytes = NUM_STAGES * _stage_bytes(head_dim) + parked
+        if shared_bytes <= device.max_shared_memory:
+            break
+    return AttentionShape(
+        num_heads, num_kv_heads, head_dim, True, MAX_WARPS, row_tiles, shared_bytes
+    )
+
+
+def _stage_bytes(head_dim: int) -> int:
+    """One tile of keys and one of values, fp16."""
+    return 2 * BLOCK_SIZE * head_dim * 2

@@ -1,0 +1,223 @@
+"""The forward pass and sampling on the GPU: which kernel runs, with which macros and grid.
+
+Shapes are the model's; grids follow the step. Nothing here synchronizes or allocates once the work
+space is frozen, except `sample`, which ends a step by bringing its results to the host.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
+from orcd_batch.backend.cuda.attention import decode_shape, prefill_shape
+from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.driver import call
+from orcd_batch.backend.cuda.plan import FP16_BYTES, FP32_BYTES, ModelShape
+from orcd_batch.backend.cuda.program import Kernels, int32
+from orcd_batch.backend.cuda.sampling import Sampling
+from orcd_batch.backend.cuda.staging import Staging
+from orcd_batch.backend.cuda.workspace import Workspace
+from orcd_batch.backend.ops import Batch, KVCache, SampleBatch, Sampled
+from orcd_batch.errors import DeviceError
+
+# A row's norm is one block; more threads than this would hold less than a vector each.
+MAX_NORM_THREADS = 256
+ELEMENTWISE_THREADS = 256
+# What a model's sizes must be multiples of: 16-byte vectors of fp16.
+VECTOR = 8
+
+_UNLIMITED = 2**31 - 1
+
+
+class ForwardKernels:
+    """The ops of `backend.ops.Ops` from `embedding` to `sample`, but for `linear`.
+
+    Results are views of work buffers: valid until the same op runs again. The residual stream is
+    one buffer, which `add_rms_norm` updates in place.
+    """
+
+    device: Device
+    kernels: Kernels
+    workspace: Workspace
+    staging: Staging
+    # The attention counters that have been cleared: (address, bytes).
+    _cleared: tuple[int, int] = (0, 0)
+
+    def reserve_buffers(
+        self, shape: ModelShape, max_tokens: int, max_seqs: int
+    ) -> Mapping[str, int]:
+        """Work buffers and their bytes at the largest step."""
+        heads = shape.num_heads * shape.head_dim
+        decode = decode_shape(
+            self.device, shape.num_heads, shape.num_kv_heads, shape.head_dim, max_seqs
+        )
+        max_blocks = decode.max_blocks(shape.max_model_len)
+        return {
+            "residual": max_tokens * shape.hidden_size * FP32_BYTES,
+            "norm": max_tokens * shape.hidden_size * FP16_BYTES,
+            "q": max_tokens * heads * FP16_BYTES,
+            "attention": max_tokens * heads * FP16_BYTES,
+            "attention_partials": decode.partial_floats(max_seqs, max_blocks) * FP32_BYTES,
+            "attention_counters": decode.num_counters(max_seqs) * 4,
+            "swiglu": max_tokens * shape.intermediate_size * FP16_BYTES,
+            "rows": max_seqs * shape.hidden_size * FP32_BYTES,
+            **Sampling.buffers(shape.vocab_size, shape.max_model_len, max_seqs),
+        }
+
+    def embedding(self, token_ids: DeviceArray, token_embd: DeviceArray) -> DeviceArray:
+        """(T,), (V, C) fp16 -> (T, C) fp32."""
+        (num_tokens,), hidden = token_ids.shape, _vectorized("hidden size", token_embd.shape[1])
+        x = self.workspace.take("residual", (num_tokens, hidden), FP32)
+        threads = _warps(hidden // VECTOR, ELEMENTWISE_THREADS)
+        defines = {"HIDDEN": hidden, "THREADS": threads}
+        self._run("embedding", defines, num_tokens, threads, (token_ids, token_embd, x))
+        return x
+
+    def rms_norm(self, x: DeviceArray, weight: DeviceArray, eps: float) -> DeviceArray:
+        """(T, C) fp32 -> (T, C) fp16."""
+        y, threads, defines = self._norm(x)
+        args = (x, weight, y, np.float32(eps))
+        self._run("rms_norm", defines, x.shape[0], threads, args)
+        return y
+
+    def add_rms_norm(
+        self, x: DeviceArray, delta: DeviceArray, weight: DeviceArray, eps: float
+    ) -> DeviceArray:
+        """Adds delta (T, C) fp32 into x in place, then as rms_norm."""
+        y, threads, defines = self._norm(x)
+        args = (x, delta, weight, y, np.float32(eps))
+        self._run("add_rms_norm", defines, x.shape[0], threads, args)
+        return y
+
+    def rope_and_cache(
+        self,
+        qkv: DeviceArray,
+        bias: DeviceArray | None,
+        rope_table: DeviceArray,
+        cache: KVCache,
+        batch: Batch,
+    ) -> DeviceArray:
+        """(T, (H + 2 Hkv) D) fp32 -> rotated queries (T, H, D) fp16; K and V go to their slots.
+
+        A negative slot writes no cache: a padding token.
+        """
+        num_tokens, width = qkv.shape
+        _, num_kv_heads, _, head_dim = cache.keys.shape
+        num_heads = width // _vectorized("head dim", head_dim) - 2 * num_kv_heads
+        q = self.workspace.take("q", (num_tokens, num_heads, head_dim), FP16)
+        threads = _warps(width // VECTOR, ELEMENTWISE_THREADS)
+        defines = {
+            "NUM_HEADS": num_heads,
+            "NUM_KV_HEADS": num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "THREADS": threads,
+        }
+        grid = (num_tokens, -(-(width // VECTOR) // threads))
+        places = (batch.positions, batch.slot_mapping)
+        args = (qkv, bias or 0, rope_table, *places, q, cache.keys, cache.values)
+        self._run("rope_and_cache", defines, grid, threads, args)
+        return q
+
+    def attention(
+        self, q: DeviceArray, cache: KVCache, batch: Batch, sliding_window: int
+    ) -> DeviceArray:
+        """(T, H, D) fp16 -> (T, H * D) fp16. Every sequence of the batch has at least one token."""
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads = cache.keys.shape[1]
+        num_seqs, max_blocks = batch.block_tables.shape
+        out = self.workspace.take("attention", (num_tokens, num_heads * head_dim), FP16)
+        args = (
+            *(q, cache.keys, cache.values),
+            *(batch.query_start, batch.context_lens, batch.block_tables, out),
+            *(int32(num_seqs), int32(max_blocks), int32(sliding_window or _UNLIMITED)),
+            np.float32(math.log2(math.e) / math.sqrt(head_dim)),
+        )
+        decode = decode_shape(self.device, num_heads, num_kv_heads, head_dim, num_seqs)
+        num_floats = decode.partial_floats(num_seqs, max_blocks)
+        partials = self.workspace.take("attention_partials", (num_floats,), FP32)
+        counters = self._counters(decode.num_counters(num_seqs))
+        self._run(
+            "attention",
+            decode.defines,
+            self.device.sm_count,
+            decode.threads,
+            (*args, partials, counters),
+            decode.shared_bytes,
+        )
+        if num_tokens > num_seqs:
+            prefill = prefill_shape(self.device, num_heads, num_kv_heads, head_dim)
+            grid = (prefill.num_row_blocks(num_tokens, num_seqs), num_kv_heads)
+            block, shared_bytes = prefill.threads, prefill.shared_bytes
+            self._run("attention", prefill.defines, grid, block, args, shared_bytes)
+        return out
+
+    def swiglu(self, gate_up: DeviceArray) -> DeviceArray:
+        """(T, 2F) fp32, gate first -> (T, F) fp16."""
+        num_tokens, size = gate_up.shape[0], _vectorized("FFN size", gate_up.shape[1] // 2)
+        y = self.workspace.take("swiglu", (num_tokens, size), FP16)
+        grid = -(-num_tokens * (size // VECTOR) // ELEMENTWISE_THREADS)
+        defines = {"INTERMEDIATE": size, "THREADS": ELEMENTWISE_THREADS}
+        self._run("swiglu", defines, grid, ELEMENTWISE_THREADS, (gate_up, y, int32(num_tokens)))
+        return y
+
+    def take_rows(self, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
+        """(T, C), (R,) -> (R, C), of any type whose rows are whole 16-byte vectors."""
+        (num_rows,), width = rows.shape, x.shape[1]
+        y = self.workspace.take("rows", (num_rows, width), x.dtype)
+        vectors = width * x.dtype.itemsize // 16
+        threads = _warps(vectors, ELEMENTWISE_THREADS)
+        defines = {"ROW_VECTORS": vectors, "THREADS": threads}
+        self._run("take_rows", defines, num_rows, threads, (x, rows, y))
+        return y
+
+    def sample(self, logits: DeviceArray, batch: SampleBatch) -> Sampled:
+        """Chooses one token per row of (R, V) fp32 logits, as `numpy_sampler` specifies."""
+        sampling = Sampling(self.device, self.kernels, self.workspace, self.staging)
+        return sampling.fetch(sampling.choose(logits, sampling.place(batch)))
+
+    def _norm(self, x: DeviceArray) -> tuple[DeviceArray, int, dict[str, int]]:
+        hidden = _vectorized("hidden size", x.shape[1])
+        y = self.workspace.take("norm", x.shape, FP16)
+        vectors = hidden // 4
+        threads = _warps(-(-vectors // -(-vectors // MAX_NORM_THREADS)), MAX_NORM_THREADS)
+        return y, threads, {"HIDDEN": hidden, "THREADS": threads}
+
+    def _counters(self, count: int) -> DeviceArray:
+        """The arrival counters, zero before every launch: cleared once, then by the kernel."""
+        counters = self.workspace.take("attention_counters", (count,), np.dtype(np.uint32))
+        if self._cleared[0] != counters.ptr or self._cleared[1] < counters.nbytes:
+            from cuda.bindings import driver
+
+            handle = self.device.stream.handle
+            call(driver.cuMemsetD8Async(counters.ptr, 0, counters.nbytes, handle))
+            self._cleared = (counters.ptr, counters.nbytes)
+        return counters
+
+    def _run(
+        self,
+        name: str,
+        defines: Mapping[str, int],
+        grid: int | tuple[int, ...],
+        block: int,
+        args: Sequence[Any],
+        shared_bytes: int = 0,
+    ) -> None:
+        if grid == 0 or (isinstance(grid, tuple) and 0 in grid):
+            return
+        self.kernels.launch(self.kernels.get(name, defines), grid, block, args, shared_bytes)
+
+
+def _vectorized(what: str, size: int) -> int:
+    if size % VECTOR:
+        raise DeviceError(
+            f"This model's {what} is {size} and the GPU kernels need a multiple of {VECTOR}; "
+            "use engine=numpy."
+        )
+    return size
+
+
+def _warps(items: int, most: int) -> int:
+    """Threads for so many items: whole warps, at most `most`."""
+    return min(-(-items // 32) * 32, most)

@@ -1,0 +1,59 @@
+"""Time per op on the GPU, for `debug=true`: an event before and after every call."""
+
+from collections.abc import Callable
+from typing import Any
+
+from orcd_batch.backend.cuda.device import Device
+
+TIMED_OPS = (
+    *("place", "embedding", "rms_norm", "add_rms_norm", "linear", "rope_and_cache"),
+    *("attention", "swiglu", "take_rows", "sample"),
+)
+
+# Event pairs kept before they are read, which waits for the GPU.
+_MAX_PENDING = 4096
+
+
+class OpTimes:
+    """Sums of time between the events around each op; launch gaps count where the host is late."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pending: list[tuple[str, Any, Any]] = []
+        self._sums: dict[str, tuple[int, float]] = {}
+
+    def watch(self, ops: Any) -> None:
+        """From here on times the ops of this object, by replacing its methods."""
+        for name in TIMED_OPS:
+            setattr(ops, name, self._timed(name, getattr(ops, name)))
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Op -> calls, seconds in all, and microseconds per call; waits for the GPU."""
+        self._read()
+        return {
+            name: {"calls": calls, "seconds": seconds, "us_per_call": seconds / calls * 1e6}
+            for name, (calls, seconds) in self._sums.items()
+        }
+
+    def _timed(self, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start = self._event()
+            result = op(*args)
+            self._pending.append((name, start, self._event()))
+            if len(self._pending) >= _MAX_PENDING:
+                self._read()
+            return result
+
+        return timed
+
+    def _event(self) -> Any:
+        from cuda.core import EventOptions
+
+        return self._device.stream.record(options=EventOptions(timing_enabled=True))
+
+    def _read(self) -> None:
+        self._device.synchronize()
+        for name, start, end in self._pending:
+            calls, seconds = self._sums.get(name, (0, 0.0))
+            self._sums[name] = (calls + 1, seconds + (end - start) / 1e3)
+        self._pending.clear()

@@ -1,0 +1,157 @@
+"""The ops protocol on an NVIDIA GPU. The forward pass and sampling are in kernels.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orcd_batch.backend.cuda.array import FP16, DeviceArray
+from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.kernels import ForwardKernels
+from orcd_batch.backend.cuda.linear import Linear
+from orcd_batch.backend.cuda.loader import Loader
+from orcd_batch.backend.cuda.op_times import OpTimes
+from orcd_batch.backend.cuda.plan import MemoryPlan, ModelShape, plan_memory
+from orcd_batch.backend.cuda.program import Kernels
+from orcd_batch.backend.cuda.staging import Staging
+from orcd_batch.backend.cuda.workspace import Workspace
+from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, TensorPart
+
+
+class CudaOps(ForwardKernels):
+    """Everything runs on one GPU and one stream; see `backend.ops.Ops` for what each op does.
+
+    Order of use: `plan`, `load_*`, `allocate_kv_cache`, `prepare`, steps, `close`. Results of ops
+    live in work buffers that the next step reuses. time_ops: keep the GPU time of every op, for
+    the manifest. Raises DeviceError when there is no usable GPU.
+    """
+
+    def __init__(self, index: int = 0, *, time_ops: bool = False) -> None:
+        self.device = Device(index)
+        self.kernels = Kernels(self.device)
+        self.workspace = Workspace(self.device)
+        self.staging = Staging(self.device, self.workspace)
+        self._loader = Loader(self.device, self.kernels)
+        self._linear = Linear(self.device, self.kernels, self.workspace)
+        self._op_times = OpTimes(self.device) if time_ops else None
+        if self._op_times is not None:
+            self._op_times.watch(self)
+
+    # Getting weights and memory in place.
+    def load_linear(self, parts: Sequence[TensorPart]) -> DeviceArray:
+        weight = self._loader.load_linear(parts)
+        self._linear.add_weight(weight)
+        return weight
+
+    def load_vector(self, parts: Sequence[TensorPart]) -> DeviceArray:
+        return self._loader.load_vector(parts)
+
+    def load_rope_table(self, table: NDArray[np.float32]) -> DeviceArray:
+        return self._loader.load_array("the rope table", np.ascontiguousarray(table, np.float32))
+
+    def finish_loading(self) -> dict[str, Any]:
+        """Waits for the transfers under way and checks that every byte arrived.
+
+        Returns the loading statistics. Raises CheckpointError for a value that fp16 cannot hold
+        and DeviceError where a checksum on the GPU differs from the file's.
+        """
+        return self._loader.finish()
+
+    def allocate_kv_cache(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int
+    ) -> list[KVCache]:
+        """Raises DeviceError, with needed and available bytes, when it does not fit."""
+        self.finish_loading()
+        shape = (num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
+        half = int(np.prod(shape)) * FP16.itemsize
+        buffer = self.device.allocate(2 * num_layers * half, "kv_cache")
+        self._zero(buffer.ptr, buffer.num_bytes)
+        views = [DeviceArray(buffer.ptr + i * half, shape, FP16) for i in range(2 * num_layers)]
+        return [KVCache(views[2 * i], views[2 * i + 1]) for i in range(num_layers)]
+
+    def plan(
+        self,
+        shape: ModelShape,
+        *,
+        weight_bytes: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        utilization: float,
+        max_num_blocks: int,
+    ) -> MemoryPlan:
+        """How many KV blocks fit beside the weights and the largest step: see `plan_memory`."""
+        buffers = self._buffers(shape, max_num_batched_tokens, max_num_seqs)
+        return plan_memory(
+            shape,
+            self.device.memory_info(),
+            weight_bytes=weight_bytes,
+            work_space_bytes=sum(buffers.values()),
+            utilization=utilization,
+            max_num_blocks=max_num_blocks,
+        )
+
+    def prepare(self, shape: ModelShape, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+        """Takes the work space, chooses and proves the matrix products, and freezes both.
+
+        Afterwards no step allocates. Raises DeviceError when the work space does not fit.
+        """
+        self.finish_loading()
+        for name, num_bytes in self._buffers(shape, max_num_batched_tokens, max_num_seqs).items():
+            self.workspace.reserve(name, num_bytes)
+        *layers, head = shape.linear_shapes
+        self._linear.prepare(layers, max_num_batched_tokens)
+        self._linear.prepare([head], max(max_num_seqs, 1))
+        self.workspace.freeze()
+
+    def place(self, batch: Batch) -> Batch:
+        """The same batch on the GPU: one asynchronous copy of all seven arrays."""
+        fields = Batch.__slots__
+        arrays = [np.ascontiguousarray(getattr(batch, field), np.int32) for field in fields]
+        return Batch(*self.staging.place("batch", arrays))
+
+    # The forward pass.
+    def linear(self, x: DeviceArray, weight: DeviceArray) -> DeviceArray:
+        """(T, K) fp16, (N, K) fp16 -> (T, N) fp32, each value one chain of ascending k16 steps."""
+        return self._linear(x, weight)
+
+    # After the forward pass.
+    def to_host(self, x: DeviceArray) -> NDArray[np.float32]:
+        """Waits for x and copies it; fp16 comes back as fp32."""
+        self._loader.wait()
+        return self.staging.fetch(x).astype(np.float32, copy=False)
+
+    def manifest(self) -> dict[str, Any]:
+        """Device, driver, compiled kernels, matrix algorithms, loading and memory by use."""
+        return {
+            "device": self.device.name,
+            "arch": self.device.arch,
+            "driver": self.device.driver_version,
+            **self.kernels.manifest(),
+            "linear": self._linear.manifest(),
+            "loading": self._loader.statistics(),
+            "memory_by_use": self.device.memory_by_use(),
+            "op_times": self._op_times.summary() if self._op_times else None,
+        }
+
+    def close(self) -> None:
+        """Gives all memory back. Safe to call twice."""
+        self._loader.close()
+        self._linear.close()
+        self.staging.close()
+        self.device.close()
+
+    def _buffers(self, shape: ModelShape, max_tokens: int, max_seqs: int) -> dict[str, int]:
+        buffers = dict(self.reserve_buffers(shape, max_tokens, max_seqs))
+        buffers.update(self._linear.buffers(shape, max_tokens, max_seqs))
+        max_blocks = -(-shape.max_model_len // BLOCK_SIZE)
+        batch = 4 * (3 * max_tokens + 2 * (max_seqs + 1) + max_seqs * max_blocks + max_seqs)
+        buffers["batch"] = batch + 7 * 16
+        return buffers
+
+    def _zero(self, ptr: int, num_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        from orcd_batch.backend.cuda.driver import call
+
+        call(driver.cuMemsetD8Async(ptr, 0, num_bytes, self.device.stream.handle))

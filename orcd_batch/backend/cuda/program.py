@@ -1,0 +1,201 @@
+"""Our .cu files at run time: found, compiled by NVRTC, cached as cubins, launched.
+
+A kernel's source is common.cuh and its own file as one text, `#line` keeping the real names; its
+entry is `extern "C"` and named after the file. NVRTC works without a GPU, so `compile_kernel`
+serves the tests as well.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orcd_batch.backend.cuda.array import DeviceArray
+from orcd_batch.backend.cuda.cache import cache_dir
+from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.driver import call
+from orcd_batch.errors import DeviceError
+
+Defines = Mapping[str, int | float | str]
+Dim = int | tuple[int, ...]
+
+# A block may use this much shared memory without asking.
+DEFAULT_SHARED_MEMORY = 48 * 1024
+
+
+def kernel_dir() -> Path:
+    """The .cu files: inside the installed package, or beside it in a checkout.
+
+    Raises DeviceError when neither is there.
+    """
+    package = Path(__file__).resolve().parents[2]
+    for folder in (package / "kernels", package.parent / "kernels"):
+        if (folder / "common.cuh").is_file():
+            return folder
+    raise DeviceError(f"The kernel sources are missing: no common.cuh in {package / 'kernels'}.")
+
+
+def kernel_source(name: str) -> str:
+    """common.cuh and `name`.cu as one text. Raises DeviceError when there is no such kernel."""
+    folder = kernel_dir()
+    try:
+        files = [
+            (path, path.read_text()) for path in (folder / "common.cuh", folder / f"{name}.cu")
+        ]
+    except OSError as error:
+        raise DeviceError(f"The kernel source {name}.cu cannot be read: {error}.") from error
+    return "\n".join(f'#line 1 "{path.name}"\n{text}' for path, text in files)
+
+
+def compile_options() -> dict[str, Any]:
+    """The NVRTC options every kernel shares, for the compiler and for the manifest."""
+    return {"std": "c++17", "lineinfo": True}
+
+
+def compile_kernel(
+    name: str,
+    arch: str,
+    defines: Defines | None = None,
+    *,
+    cache: Any = None,
+    log: Any = None,
+    verbose: bool = False,
+) -> Any:
+    """Compiles `name`.cu to a cubin (a cuda.core ObjectCode).
+
+    arch: such as "sm_90". verbose: ptxas writes registers and spills of each entry into `log`
+    (any object with `write`). Raises DeviceError with the compiler's file, line and message.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    macros = [(key, str(value)) for key, value in sorted((defines or {}).items())]
+    options = ProgramOptions(
+        name=f"{name}.cu",
+        arch=arch,
+        define_macro=macros or None,
+        ptxas_options=["-v"] if verbose else None,
+        **compile_options(),
+    )
+    try:
+        program = Program(kernel_source(name), "c++", options)
+        return program.compile("cubin", cache=cache, logs=log)
+    except DeviceError:
+        raise
+    except Exception as error:
+        label = kernel_label(name, arch, defines)
+        raise DeviceError(f"The kernel {label} does not compile: {error}") from error
+
+
+def kernel_label(name: str, arch: str, defines: Defines | None) -> str:
+    """Such as `attention[sm_90 HEAD_DIM=96]`."""
+    parts = [arch, *(f"{key}={value}" for key, value in sorted((defines or {}).items()))]
+    return f"{name}[{' '.join(parts)}]"
+
+
+class Kernels:
+    """The compiled kernels of one device, and how they are launched (always on its stream)."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._kernels: dict[tuple[Any, ...], Any] = {}
+        self._hashes: dict[str, str] = {}
+        self._shared_memory: dict[int, int] = {}
+        self._configs: dict[tuple[Dim, Dim, int], Any] = {}
+        self._cache = _program_cache()
+
+    def get(self, name: str, defines: Defines | None = None, arch: str | None = None) -> Any:
+        """The kernel `name` of `name`.cu, compiled on first use.
+
+        defines: macros of this variant. arch: where the generic one of the card will not do,
+        such as "sm_90a". Raises DeviceError when it does not compile or load.
+        """
+        key = (name, arch, *(defines or {}).items())
+        found = self._kernels.get(key)
+        if found is None:
+            found = self._kernels[key] = self._load(name, arch or self.device.arch, defines)
+        return found
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: Dim,
+        block: Dim,
+        args: Sequence[Any],
+        shared_mem: int = 0,
+        stream: Any = None,
+    ) -> None:
+        """Queues one launch on the device's stream (or another).
+
+        args: DeviceArrays (passed as pointers), ints (as 64-bit pointers), or numpy scalars of
+        the exact parameter type (np.int32, np.float32, np.uint64, …). shared_mem: dynamic bytes.
+        """
+        from cuda.core import launch
+
+        if shared_mem > DEFAULT_SHARED_MEMORY:
+            self._allow_shared_memory(kernel, shared_mem)
+        values = [arg.ptr if isinstance(arg, DeviceArray) else arg for arg in args]
+        config = self._config(grid, block, shared_mem)
+        launch(stream or self.device.stream, config, kernel, *values)
+
+    def manifest(self) -> dict[str, Any]:
+        """Compile options, compiler version, and SHA-256 of every cubin in use."""
+        from cuda.bindings import nvrtc
+
+        _, major, minor = nvrtc.nvrtcVersion()
+        return {
+            "nvrtc": f"{major}.{minor}",
+            "compile_options": compile_options(),
+            "cubins": dict(sorted(self._hashes.items())),
+        }
+
+    def _load(self, name: str, arch: str, defines: Defines | None) -> Any:
+        label = kernel_label(name, arch, defines)
+        code = compile_kernel(name, arch, defines, cache=self._cache)
+        self._hashes[label] = hashlib.sha256(bytes(code.code)).hexdigest()
+        try:
+            return code.get_kernel(name)
+        except Exception as error:
+            raise DeviceError(f"The kernel {label} does not load: {error}") from error
+
+    def _config(self, grid: Dim, block: Dim, shared_mem: int) -> Any:
+        from cuda.core import LaunchConfig
+
+        key = (grid, block, shared_mem)
+        if key not in self._configs:
+            self._configs[key] = LaunchConfig(grid=grid, block=block, shmem_size=shared_mem)
+        return self._configs[key]
+
+    def _allow_shared_memory(self, kernel: Any, num_bytes: int) -> None:
+        handle = int(kernel.handle)
+        if self._shared_memory.get(handle, 0) >= num_bytes:
+            return
+        if num_bytes > self.device.max_shared_memory:
+            raise DeviceError(
+                f"A kernel asks for {num_bytes:,} bytes of shared memory and {self.device.name} "
+                f"has {self.device.max_shared_memory:,} per block."
+            )
+        from cuda.bindings import driver
+
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        call(driver.cuKernelSetAttribute(attribute, num_bytes, kernel.handle, self.device.index))
+        self._shared_memory[handle] = num_bytes
+
+
+def int32(value: int) -> np.int32:
+    """A kernel argument of type int. Raises OverflowError when it does not fit."""
+    if not -(2**31) <= value < 2**31:
+        raise OverflowError(f"{value} does not fit the kernel's 32-bit argument")
+    return np.int32(value)
+
+
+def _program_cache() -> Any:
+    from cuda.core.utils import FileStreamProgramCache
+
+    with suppress(OSError, RuntimeError):
+        folder = cache_dir("kernels")
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileStreamProgramCache(folder)
+    return None

@@ -1,0 +1,192 @@
+"""Bytes from the mapped file into GPU memory: chunked, pinned, overlapped, proven.
+
+Reader threads each own two slots (a pinned buffer, a device buffer and a stream). A reader fills
+one slot from the file, hashing as it copies, and queues on the slot's stream the copy to the GPU,
+the hash of what arrived, and the conversion; meanwhile its other slot is still on the move.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orcd_batch.backend.cuda.checksum import BLOCK_BYTES, PIECE_BYTES, Hasher
+from orcd_batch.backend.cuda.device import Buffer, Device
+from orcd_batch.backend.cuda.driver import call
+from orcd_batch.backend.cuda.program import Kernels
+from orcd_batch.backend.cuda.staging import PinnedBuffer
+from orcd_batch.errors import DeviceError, OrcdError
+
+CHUNK_BYTES = 4 << 20
+MAX_CHUNKS = 1 << 18
+MAX_READERS = 8
+
+_CHECKSUM_BLOCKS = 264
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One piece on its way. convert(ptr, stream) queues what turns the raw bytes at device
+    address ptr into the weight; index: where its hash is kept; name: its tensor."""
+
+    name: str
+    index: int
+    data: NDArray[np.uint8]
+    convert: Callable[[int, Any], None]
+
+
+class Transfers:
+    """The readers of one loading. Ends with `finish`, which checks, or `close`, which does not."""
+
+    def __init__(self, device: Device, kernels: Kernels) -> None:
+        self._device = device
+        self._kernels = kernels
+        self._checksum = kernels.get("checksum")
+        self._chunks: queue.Queue[Chunk | None] = queue.Queue(maxsize=64)
+        self._host_hashes: dict[int, tuple[str, int]] = {}
+        self._errors: list[BaseException] = []
+        self._hashes = device.allocate(8 * MAX_CHUNKS, "staging")
+        call(_driver().cuMemsetD8(self._hashes.ptr, 0, self._hashes.num_bytes))
+        self._slots: list[_Slot] = []
+        self._readers: list[threading.Thread] = []
+        count = max(1, min(MAX_READERS, os.cpu_count() or 1))
+        try:
+            for _ in range(2 * count):
+                self._slots.append(_Slot(device))
+        except BaseException:
+            self.close()
+            raise
+        self._readers = [
+            threading.Thread(target=self._read, args=(self._slots[2 * i : 2 * i + 2],), daemon=True)
+            for i in range(count)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def add(self, name: str, data: NDArray[np.uint8], convert: Callable[[int, Any], None]) -> None:
+        """Queues one chunk of at most CHUNK_BYTES; waits only while many are under way.
+
+        Raises what an earlier chunk failed with.
+        """
+        self._raise_first_error()
+        index = len(self._host_hashes)
+        if index >= MAX_CHUNKS:
+            raise DeviceError(f"The file is larger than {MAX_CHUNKS * CHUNK_BYTES:,} bytes.")
+        self._host_hashes[index] = (name, 0)
+        self._chunks.put(Chunk(name, index, data, convert))
+
+    def wait(self) -> None:
+        """Waits until every chunk so far is in place. Raises what one failed with."""
+        self._chunks.join()
+        for slot in self._slots:
+            slot.wait()
+        self._raise_first_error()
+
+    def finish(self) -> None:
+        """Waits for all chunks and compares what arrived with what was read.
+
+        Raises DeviceError naming a tensor whose bytes differ, or what a chunk failed with.
+        """
+        self._stop()
+        self._raise_first_error()
+        arrived = np.zeros(MAX_CHUNKS, np.uint64)
+        call(_driver().cuMemcpyDtoH(arrived.ctypes.data, self._hashes.ptr, arrived.nbytes))
+        for index, (name, expected) in self._host_hashes.items():
+            if int(arrived[index]) != expected:
+                raise DeviceError(
+                    f"The bytes of {name} in GPU memory differ from the file's (checksum "
+                    f"{int(arrived[index]):016x}, expected {expected:016x}): load again, and "
+                    "test the memory of this machine if it happens twice."
+                )
+
+    def close(self) -> None:
+        """Stops the readers and frees the slots. Safe to call twice."""
+        self._stop()
+        for slot in self._slots:
+            slot.free(self._device)
+        self._slots = []
+        self._device.free(self._hashes)
+
+    def _stop(self) -> None:
+        for _ in self._readers:
+            self._chunks.put(None)
+        for reader in self._readers:
+            reader.join()
+        self._readers = []
+        for slot in self._slots:
+            slot.wait()
+
+    def _raise_first_error(self) -> None:
+        if self._errors:
+            error = self._errors[0]
+            if isinstance(error, OrcdError):
+                raise error
+            raise DeviceError(f"Loading weights failed: {error}") from error
+
+    def _read(self, slots: list["_Slot"]) -> None:
+        moved = 0
+        while True:
+            chunk = self._chunks.get()
+            try:
+                if chunk is None:
+                    return
+                if not self._errors:
+                    self._device.make_current()
+                    self._move(chunk, slots[moved % 2])
+                    moved += 1
+            except BaseException as error:
+                self._errors.append(error)
+            finally:
+                self._chunks.task_done()
+
+    def _move(self, chunk: Chunk, slot: "_Slot") -> None:
+        slot.wait()
+        size = chunk.data.nbytes
+        self._host_hashes[chunk.index] = (chunk.name, slot.fill(chunk.data))
+        handle = slot.stream.handle
+        call(_driver().cuMemcpyHtoDAsync(slot.target.ptr, slot.pinned.ptr, size, handle))
+        self._kernels.launch(
+            self._checksum,
+            _CHECKSUM_BLOCKS,
+            256,
+            [slot.target.ptr, np.uint64(size), self._hashes.ptr + 8 * chunk.index],
+            stream=slot.stream,
+        )
+        chunk.convert(slot.target.ptr, slot.stream)
+
+
+class _Slot:
+    def __init__(self, device: Device) -> None:
+        self.pinned = PinnedBuffer(CHUNK_BYTES)
+        self.target: Buffer = device.allocate(CHUNK_BYTES, "staging")
+        self.stream = device.new_stream()
+        self.hasher = Hasher()
+
+    def wait(self) -> None:
+        self.stream.sync()
+
+    def fill(self, data: NDArray[np.uint8]) -> int:
+        """Copies into the pinned buffer; returns the hash of the file's bytes."""
+        total = 0
+        for start in range(0, data.nbytes, PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            self.pinned.bytes[start : start + piece.nbytes] = piece
+            total += self.hasher(piece, start // BLOCK_BYTES)
+        return total % 2**64
+
+    def free(self, device: Device) -> None:
+        self.stream.sync()
+        self.stream.close()
+        self.pinned.free()
+        device.free(self.target)
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver

@@ -1,0 +1,161 @@
+"""The command line: one run (Hydra overrides) or a verb; errors become sentences and exit codes.
+
+The last line of stdout is one JSON document; everything else goes to stderr.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from orcd_batch.errors import OrcdError
+
+HELP = """\
+orcd-batch: batch LLM inference that can be trusted to the bit
+
+Run a job (Hydra overrides; `python -m orcd_batch` is the same program):
+  orcd-batch model=smollm2 data=prompts.parquet
+  orcd-batch model=phi3 model.path=FILE.gguf data=prompts.parquet output=out.parquet
+  orcd-batch -m model=smollm2 data=prompts.parquet \\
+      sampling.temperature=0,0.7,1.0 'sampling.seed=range(10)'
+
+Other verbs:
+  orcd-batch verify A B                 compare two outputs, bit for bit
+  orcd-batch report RUN...              tables over finished runs
+  orcd-batch inspect FILE.gguf [OTHER.gguf] [--markdown]
+                                        what a model file holds, and whether it can run
+Options:
+  model=phi3|qwen2_5|llama2|llama3|smollm2
+  model.path=FILE.gguf or hf://owner/repo/file.gguf@revision
+  model.chat=true|false                 wrap a string prompt as one user message
+  model.chat_date=YYYY-MM-DD            the date that chat templates see
+  model.sliding_window=N                null: as the file says; 0: off
+  data=FILE_OR_DIR_OR_GLOB              Parquet in
+  output=FILE.parquet                   default outputs/<job id>/completions.parquet
+  overwrite=true                        start afresh over a different or finished job
+  sampling=greedy|default
+  sampling.temperature/top_k/top_p/min_p/repetition_penalty/seed/max_tokens/stop/n/ignore_eos
+  dataset.prompt_column/messages_column/token_ids_column/id_column/sampling_columns/
+          drop_columns/output_prefix/limit/on_error=record|raise
+  engine=auto|cuda|numpy
+  engine.max_num_seqs/max_num_batched_tokens/max_model_len/gpu_memory_utilization/
+         kv_cache_bytes/prefix_caching/num_threads
+  debug=true                            tracebacks, and time per op
+
+The same command after an interruption continues where it stopped.
+Quote what Hydra's grammar would take apart: 'data="my (1) file.parquet"',
+'sampling.stop=["<|end|>","a, b"]'. `--cfg job` shows the composed config.
+Exit codes: 0 done; 1 differences found, or rows failed under dataset.on_error=raise;
+2 bad input or config; 130 interrupted, resumable.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; argparse alone may exit by itself."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="", file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from orcd_batch import __version__
+
+        print(f"orcd-batch {__version__}")
+        return 0
+    debug = "debug=true" in [a.lower().replace(" ", "") for a in args] or "--debug" in args
+    verb = VERBS.get(args[0])
+    if verb is None:
+        return _guarded(lambda: _run(args), debug)
+    return _guarded(lambda: verb(args[1:]), debug)
+
+
+def _guarded(command: Callable[[], tuple[Any, int]], debug: bool) -> int:
+    """Prints the command's JSON as the last line of stdout, or its error as one sentence."""
+    stdout = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            document, code = command()
+    except OrcdError as error:
+        if debug:
+            raise
+        print(f"orcd-batch: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("orcd-batch: interrupted; the same command continues.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    if document is not None:
+        print(json.dumps(document, ensure_ascii=False, allow_nan=False), file=stdout, flush=True)
+    return code
+
+
+def _run(args: list[str]) -> tuple[Any, int]:
+    from orcd_batch.hydra_app import run
+
+    return run(args)
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"orcd-batch {verb}", description=description)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _verify(args: Sequence[str]) -> tuple[Any, int]:
+    parser = _parser("verify", "Compare two outputs row by row; exit 1 when they differ.")
+    parser.add_argument("a", help="an output file, or a run directory")
+    parser.add_argument("b", help="the other one")
+    options = parser.parse_args(args)
+    from rich.console import Console
+
+    from orcd_batch.reproducibility.verify import as_dict, compare, render
+
+    comparison = compare(options.a, options.b)
+    Console(stderr=True).print(render(comparison))
+    return as_dict(comparison), 0 if comparison.equal else 1
+
+
+def _report(args: Sequence[str]) -> tuple[Any, int]:
+    parser = _parser("report", "Tables over finished runs.")
+    parser.add_argument(
+        "runs", nargs="+", help="output files, run directories or sweep directories"
+    )
+    options = parser.parse_args(args)
+    from rich.console import Console
+
+    from orcd_batch.reproducibility.report import as_dict, render, report
+
+    result = report(options.runs)
+    Console(stderr=True).print(render(result))
+    return as_dict(result), 0
+
+
+def _inspect(args: Sequence[str]) -> tuple[Any, int]:
+    parser = _parser("inspect", "What a GGUF file holds, and whether this program can run it.")
+    parser.add_argument("file", help="a .gguf file, or hf://owner/repo/file.gguf@revision")
+    parser.add_argument("other", nargs="?", help="a second file: show what differs")
+    parser.add_argument("--markdown", action="store_true", help="a report in Markdown on stdout")
+    options = parser.parse_args(args)
+    from orcd_batch.checkpoint import hub, inspection, inspection_report
+    from orcd_batch.text import Tokenizer
+
+    other = hub.resolve_model_path(options.other) if options.other else None
+    path = hub.resolve_model_path(options.file)
+    checks = [lambda gguf: Tokenizer.from_metadata(gguf.metadata)]
+    found = inspection.inspect_file(path, other, checks)
+    if options.markdown:
+        print(inspection_report.render_markdown(found), file=sys.__stdout__)
+    else:
+        from rich.console import Console
+
+        Console(stderr=True).print(inspection_report.render_terminal(found))
+    return inspection_report.as_json(found), 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], tuple[Any, int]]] = {
+    "verify": _verify,
+    "report": _report,
+    "inspect": _inspect,
+}

@@ -1,0 +1,72 @@
+"""The scheduled chunks as the arrays that the ops take."""
+
+from collections.abc import Sequence as Items
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orcd_batch.backend.ops import BLOCK_SIZE, Batch, SampleBatch
+from orcd_batch.engine.scheduler import Chunk
+from orcd_batch.engine.sequence import Sequence
+
+_INT32_MAX = 2**31 - 1
+
+
+def make_batch(chunks: Items[Chunk]) -> Batch:
+    """One step's tokens; logits_rows names the last token of every chunk that gives logits.
+
+    When none does, the last token of the step is named, so that R is never 0.
+    """
+    lengths = np.array([chunk.num_tokens for chunk in chunks], np.int32)
+    query_start = np.zeros(len(chunks) + 1, np.int32)
+    np.cumsum(lengths, out=query_start[1:])
+    token_ids: list[int] = []
+    for chunk in chunks:
+        first = chunk.sequence.num_computed_tokens
+        token_ids.extend(chunk.sequence.token_ids[first : first + chunk.num_tokens])
+    starts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks], np.int32)
+    positions = np.arange(query_start[-1], dtype=np.int32)
+    positions += np.repeat(starts - query_start[:-1], lengths)
+    block_tables = _block_tables([chunk.sequence for chunk in chunks])
+    rows = np.repeat(np.arange(len(chunks)), lengths)
+    slots = block_tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    gives = np.array([chunk.gives_logits for chunk in chunks])
+    logits_rows = query_start[1:][gives] - 1 if gives.any() else query_start[-1:] - 1
+    return Batch(
+        token_ids=np.array(token_ids, np.int32),
+        positions=positions,
+        slot_mapping=slots,
+        query_start=query_start,
+        context_lens=starts + lengths,
+        block_tables=block_tables,
+        logits_rows=logits_rows.astype(np.int32),
+    )
+
+
+def _block_tables(sequences: Items[Sequence]) -> NDArray[np.int32]:
+    tables = [sequence.block_table for sequence in sequences]
+    padded = np.zeros((len(tables), max(map(len, tables))), np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return padded
+
+
+def make_sample_batch(sequences: Items[Sequence]) -> SampleBatch:
+    """The sampling parameters of the sequences that get a token now, one row each."""
+    requests = [sequence.request for sequence in sequences]
+    params = [request.params for request in requests]
+    seen = [np.fromiter(sequence.seen_ids or (), np.int32) for sequence in sequences]
+    seen_start = np.zeros(len(sequences) + 1, np.int32)
+    np.cumsum([len(ids) for ids in seen], out=seen_start[1:])
+    return SampleBatch(
+        temperature=np.array([p.temperature for p in params], np.float32),
+        top_k=np.array([min(p.top_k, _INT32_MAX) for p in params], np.int32),
+        top_p=np.array([p.top_p for p in params], np.float32),
+        min_p=np.array([p.min_p for p in params], np.float32),
+        repetition_penalty=np.array([p.repetition_penalty for p in params], np.float32),
+        seed=np.array([p.seed for p in params], np.uint64),
+        stream=np.array([request.stream for request in requests], np.uint64),
+        position=np.array([len(sequence.token_ids) for sequence in sequences], np.uint32),
+        seen_ids=np.concatenate(seen),
+        seen_start=seen_start,
+    )

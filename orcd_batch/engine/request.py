@@ -1,0 +1,88 @@
+"""What goes into the engine and what comes out. Token ids only: text stays outside."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orcd_batch.errors import ConfigError
+
+FinishReason = Literal["stop", "length", "error"]
+
+# Called after each sampled token with all completion ids so far; True ends the sample ("stop").
+StopCheck = Callable[[Sequence[int]], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one row is decoded.
+
+    temperature: 0 is greedy. top_k: 0 keeps all. top_p, min_p: probabilities in [0, 1].
+    repetition_penalty: > 0, 1 is off. seed: 0 … 2**64 - 1. max_tokens: at least 1.
+    stop: strings that end a sample. n: samples per row. ignore_eos: benchmarks only.
+    Raises ConfigError for a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            ("seed", 0 <= self.seed < 2**64, "between 0 and 18446744073709551615"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("n", self.n >= 1, "at least 1"),
+            ("stop", all(self.stop), "strings that are not empty"),
+        )
+        for name, good, allowed in checks:
+            if not good:
+                value = getattr(self, name)
+                raise ConfigError(f"{name}={value!r} is out of range: it must be {allowed}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample of one row.
+
+    key: whatever the caller recognises it by. stream: the 64-bit digest of (typed id, sample
+    index) that selects the row's random numbers. stop_token_ids end the sample ("stop").
+    make_stop_check: builds a fresh StopCheck for stop strings, or None.
+    """
+
+    key: object
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    stream: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    make_stop_check: Callable[[], StopCheck] | None = None
+
+
+@dataclass(slots=True)
+class Completion:
+    """The result of one request; the per-token lists have one entry per completion id.
+
+    token_ids include the token that ended the sample. logprobs: natural log, under the model
+    before temperature and filters. margins: best minus second-best logit. fingerprints: signed
+    64-bit hashes of the fp32 logits rows. error is None when fine, else the reason.
+    """
+
+    key: object
+    prompt_token_ids: tuple[int, ...]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    fingerprints: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    error: str | None = None

@@ -1,0 +1,38 @@
+"""One generic decoder: RMSNorm, rotary grouped-query attention, SwiGLU (Llama, Phi-3, Qwen2)."""
+
+from collections.abc import Sequence
+
+from orcd_batch.backend.ops import Array, Batch, KVCache, Ops
+from orcd_batch.checkpoint.model_config import ModelConfig
+from orcd_batch.model.weights import Weights
+
+
+def forward(
+    ops: Ops, config: ModelConfig, weights: Weights, caches: Sequence[KVCache], batch: Batch
+) -> Array:
+    """Runs one step's tokens, fills their cache slots, and returns logits (R, V) fp32.
+
+    batch: placed by `ops.place`. caches: one per layer. R rows are those of batch.logits_rows.
+    """
+    hidden = hidden_states(ops, config, weights, caches, batch)
+    return ops.linear(ops.take_rows(hidden, batch.logits_rows), weights.output)
+
+
+def hidden_states(
+    ops: Ops, config: ModelConfig, weights: Weights, caches: Sequence[KVCache], batch: Batch
+) -> Array:
+    """As `forward`, up to the last norm: (T, C), what the output projection takes."""
+    eps = config.rms_norm_eps
+    x = ops.embedding(batch.token_ids, weights.token_embd)
+    normed = ops.rms_norm(x, weights.layers[0].attn_norm, eps)
+    next_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.output_norm]
+    for layer, cache, next_norm in zip(weights.layers, caches, next_norms, strict=True):
+        qkv = ops.linear(normed, layer.attn_qkv)
+        q = ops.rope_and_cache(qkv, layer.attn_qkv_bias, weights.rope_table, cache, batch)
+        attended = ops.attention(q, cache, batch, config.sliding_window)
+        projected = ops.linear(attended, layer.attn_output)
+        normed = ops.add_rms_norm(x, projected, layer.ffn_norm, eps)
+        gate_up = ops.linear(normed, layer.ffn_gate_up)
+        down = ops.linear(ops.swiglu(gate_up), layer.ffn_down)
+        normed = ops.add_rms_norm(x, down, next_norm, eps)
+    return normed

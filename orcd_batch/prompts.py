@@ -1,0 +1,99 @@
+"""Rows become requests: one prompt as token ids, with its sampling parameters, per sample."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from orcd_batch.config import SamplingOptions
+from orcd_batch.data import InputRow
+from orcd_batch.engine.request import Request, SamplingParams, StopCheck
+from orcd_batch.errors import OrcdError, RowError
+from orcd_batch.reproducibility.hashes import stream_digest
+from orcd_batch.text import ChatTemplate, StopStringCheck, Tokenizer
+
+
+def sampling_params(options: SamplingOptions, overrides: Mapping[str, Any]) -> SamplingParams:
+    """The job's sampling options with one row's overrides on top.
+
+    Raises RowError when an override is out of range.
+    """
+    params = SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        stop=tuple(options.stop),
+        n=options.n,
+        ignore_eos=options.ignore_eos,
+    )
+    if not overrides:
+        return params
+    try:
+        return replace(params, **overrides)
+    except OrcdError as error:
+        raise RowError(str(error)) from error
+
+
+class RequestBuilder:
+    """Turns input rows into engine requests with one tokenizer and one chat template."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        options: SamplingOptions,
+        wrap_prompts: bool,
+    ) -> None:
+        """wrap_prompts: render a string prompt as one user message of the template."""
+        self._tokenizer = tokenizer
+        self._template = template
+        self._options = options
+        self._wrap_prompts = wrap_prompts
+
+    def num_samples(self, row: InputRow) -> int:
+        """How many output rows the row gets, even when it cannot be run."""
+        n = row.overrides.get("n", self._options.n)
+        return n if isinstance(n, int) and n >= 1 else self._options.n
+
+    def requests(self, row: InputRow) -> list[Request]:
+        """One request per sample of the row. Raises RowError with the reason it cannot be run."""
+        if row.error is not None:
+            raise RowError(row.error)
+        params = sampling_params(self._options, row.overrides)
+        prompt = tuple(self._token_ids(row))
+        if not prompt:
+            raise RowError("The prompt is empty after tokenization: give it some text.")
+        stop_ids = frozenset() if params.ignore_eos else self._tokenizer.stop_token_ids
+        return [
+            Request(
+                key=(row.index, sample),
+                prompt_token_ids=prompt,
+                params=params,
+                stream=stream_digest(row.id, sample),
+                stop_token_ids=stop_ids,
+                make_stop_check=self._stop_check(params.stop),
+            )
+            for sample in range(params.n)
+        ]
+
+    def _token_ids(self, row: InputRow) -> Sequence[int]:
+        if row.token_ids is not None:
+            return row.token_ids
+        if row.messages is not None:
+            return self._rendered(row.messages)
+        assert row.prompt is not None, f"row {row.index} has no prompt, messages or token ids"
+        if self._wrap_prompts:
+            return self._rendered([{"role": "user", "content": row.prompt}])
+        return self._tokenizer.encode(row.prompt, add_bos=True)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        assert self._template is not None, "messages without a chat template"
+        return self._tokenizer.encode(self._template.render(messages), add_bos=False)
+
+    def _stop_check(self, stop: tuple[str, ...]) -> Callable[[], StopCheck] | None:
+        if not stop:
+            return None
+        return lambda: StopStringCheck(self._tokenizer, stop)

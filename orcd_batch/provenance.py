@@ -1,0 +1,88 @@
+"""What a result depends on: the job's identity, and the manifest written with the output."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orcd_batch.config import JobOptions
+from orcd_batch.data import PartStore
+from orcd_batch.engine_factory import BuiltEngine, EngineChoice
+from orcd_batch.model_source import ModelSource, described
+from orcd_batch.reproducibility.environment import code_hash
+from orcd_batch.reproducibility.hashes import RunHash
+
+
+def job_identity(
+    options: JobOptions,
+    source: ModelSource,
+    input_hash: str,
+    choice: EngineChoice,
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that could change a bit of the output, as plain values.
+
+    Two runs with equal identities are the same job: one may continue the other.
+    """
+    plain = asdict(options)
+    return {
+        "model_hash": source.content_hash,
+        "input_hash": input_hash,
+        "tokenizer_hash": source.tokenizer.content_hash,
+        "template_hash": source.template_hash,
+        "model": {k: plain["model"][k] for k in ("chat", "chat_date", "sliding_window")},
+        "max_model_len": plain["engine"]["max_model_len"],
+        "sampling": plain["sampling"],
+        "dataset": {k: v for k, v in plain["dataset"].items() if k != "on_error"},
+        "engine": choice.kind,
+        "device": choice.device,
+        "code_hash": code_hash(),
+        "versions": {k: v for k, v in environment.items() if k != "git_commit"},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RunTotals:
+    """Counts over all finished output rows of a store, resumed ones included."""
+
+    num_rows: int
+    num_errors: int
+    num_tokens: int
+    run_hash: str
+
+
+def run_totals(store: PartStore) -> RunTotals:
+    """One pass over the finished rows: counts, completion tokens and the run hash."""
+    run_hash = RunHash()
+    num_errors = num_tokens = 0
+    for record in store.records():
+        run_hash.add(
+            record.id,
+            record.sample_index,
+            record.token_hash,
+            record.numerics_hash,
+            record.error_kind,
+        )
+        num_errors += record.error_kind is not None
+        num_tokens += record.completion_tokens or 0
+    return RunTotals(len(run_hash), num_errors, num_tokens, run_hash.hexdigest())
+
+
+def manifest(
+    options: JobOptions,
+    identity: dict[str, Any],
+    source: ModelSource,
+    built: BuiltEngine,
+    totals: RunTotals,
+    statistics: dict[str, Any],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """The document written with the results (SPEC section 6); plain JSON values only."""
+    return {
+        "identity": identity,
+        "environment": environment,
+        "config": asdict(options),
+        "model": {"path": str(source.gguf.path), **described(source.config)},
+        "engine": built.describe(),
+        "totals": asdict(totals),
+        "statistics": statistics,
+        "run_hash": totals.run_hash,
+    }

@@ -1,0 +1,102 @@
+"""A comparison as a short text for the terminal."""
+
+from typing import TYPE_CHECKING, Any
+
+from orcd_batch.data.manifest import shortened
+
+if TYPE_CHECKING:
+    from orcd_batch.reproducibility.verify import Comparison, RowDifference
+
+_MAX_ROWS = 10
+_MAX_FIELDS = 30
+
+
+def render(comparison: "Comparison") -> Any:
+    """A rich renderable: the verdict, the counts, the first differences, and what explains them."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [Text(_verdict(comparison), style="bold"), Text(_counts(comparison))]
+    if comparison.differing:
+        parts.append(_differences_table(comparison))
+    for side, other, rows, number in (
+        ("A", "B", comparison.only_a, comparison.num_only_a),
+        ("B", "A", comparison.only_b, comparison.num_only_b),
+    ):
+        if number:
+            names = ", ".join(f"{row_id!r} sample {sample}" for row_id, sample in rows[:_MAX_ROWS])
+            more = f" and {number - _MAX_ROWS:,} more" if number > _MAX_ROWS else ""
+            parts.append(Text(f"In {side} but not in {other}: id {names}{more}"))
+    parts.append(_manifest_table(comparison))
+    return Group(*parts)
+
+
+def _verdict(comparison: "Comparison") -> str:
+    if comparison.equal:
+        return f"Equal: all {comparison.num_equal:,} rows, tokens and numerics, bit for bit."
+    return f"Different: {comparison.a} (A) and {comparison.b} (B)."
+
+
+def _counts(comparison: "Comparison") -> str:
+    counts = (
+        (comparison.num_equal, "equal"),
+        (comparison.num_tokens_differ, "with different tokens"),
+        (comparison.num_numerics_differ, "with the same tokens and different numerics"),
+        (comparison.num_only_a, "only in A"),
+        (comparison.num_only_b, "only in B"),
+    )
+    return "Rows: " + ", ".join(f"{number:,} {what}" for number, what in counts) + "."
+
+
+def _differences_table(comparison: "Comparison") -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    total = comparison.num_tokens_differ + comparison.num_numerics_differ
+    shown = comparison.differing[:_MAX_ROWS]
+    table = Table(title=f"First differences ({len(shown)} of {total:,} rows)", title_justify="left")
+    for name in ("id", "sample", "what", "at token", "A", "B", "margin A", "margin B"):
+        table.add_column(name, justify="left" if name in ("id", "what", "A", "B") else "right")
+    for row in shown:
+        table.add_row(*(Text(cell) for cell in _cells(row)))
+    return table
+
+
+def _cells(row: "RowDifference") -> list[str]:
+    a, b = _shown(row.token_a), _shown(row.token_b)
+    if row.kind == "error":
+        a, b = row.error_a or "ran", row.error_b or "ran"
+    margins = [_shown(row.margin_a), _shown(row.margin_b)]
+    return [
+        f"{row.id!r:.40}",
+        str(row.sample_index),
+        row.kind,
+        _shown(row.position),
+        a,
+        b,
+        *margins,
+    ]
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _manifest_table(comparison: "Comparison") -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    found = comparison.manifest_differences
+    if not found:
+        return Text("The manifests agree in everything that could explain a difference.")
+    title = "Manifest fields that differ" + ("" if comparison.equal else " and could explain it")
+    table = Table(title=title, title_justify="left")
+    for name in ("field", "A", "B"):
+        table.add_column(name)
+    for name, ours, theirs in found[:_MAX_FIELDS]:
+        table.add_row(Text(name), Text(shortened(ours)), Text(shortened(theirs)))
+    if len(found) > _MAX_FIELDS:
+        table.add_row(f"… {len(found) - _MAX_FIELDS} more")
+    return table

@@ -1,0 +1,119 @@
+"""Kills real runs with SIGKILL at random moments and checks that rerunning loses nothing.
+
+`python tests/crash_trials.py --trials 20` prints one line per trial and exits 1 on a failure.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from support.gguf_factory import write_model
+from support.paths import REPO_ROOT
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A small model and an input, and the undisturbed run's document and output."""
+
+    folder: Path
+    num_rows: int
+    undisturbed: dict[str, Any]
+
+    @classmethod
+    def make(cls, folder: Path, num_rows: int) -> "Bench":
+        write_model(folder / "tiny.gguf", num_layers=1, hidden_size=64, num_heads=2,
+                    num_kv_heads=1, intermediate_size=64)  # fmt: skip
+        prompts = [f"Row {i}: {'word ' * (i % 7)}" for i in range(num_rows)]
+        pq.write_table(
+            pa.table({"prompt": prompts, "number": list(range(num_rows))}),
+            folder / "in.parquet",
+            row_group_size=500,
+        )
+        bench = cls(folder, num_rows, {})
+        whole = bench.start("whole.parquet")
+        return cls(folder, num_rows, finish(whole))
+
+    def start(self, output: str) -> "subprocess.Popen[str]":
+        command = [
+            sys.executable, "-m", "orcd_batch", "model=smollm2", "model.path=tiny.gguf",
+            "model.chat=false", "data=in.parquet", f"output={output}", "engine=numpy",
+            "engine.num_threads=1", "sampling=default", "sampling.max_tokens=2",
+            "dataset.id_column=number",
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+
+    def rows(self, output: str) -> list[dict[str, Any]]:
+        columns = ["number", "sample_index", "token_hash", "numerics_hash"]
+        return pq.read_table(self.folder / output, columns=columns).to_pylist()
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+
+
+def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """The JSON of a run that must succeed."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"exit code {process.returncode}: {err[-2000:]}"
+    document: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return document
+
+
+def trial(bench: Bench, number: int, rng: random.Random) -> str:
+    """One run killed after its first committed part, then run again. Returns a line about it."""
+    output = f"trial-{number}.parquet"
+    parts = bench.folder / f"{output}.parts"
+    process = bench.start(output)
+    while process.poll() is None and not list(parts.glob("part-*.parquet")):
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 1.5))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed = process.returncode == -signal.SIGKILL
+    document = finish(bench.start(output))
+    assert document["rows_resumed"] > 0, document
+    assert document["rows_resumed"] + document["rows_computed"] == bench.num_rows, document
+    assert document["run_hash"] == bench.undisturbed["run_hash"], document
+    assert bench.rows(output) == bench.rows("whole.parquet")
+    assert not parts.exists(), "the parts outlive the finished output"
+    return (
+        f"trial {number}: {'killed' if killed else 'had finished'}, "
+        f"{document['rows_resumed']} rows resumed, {document['rows_computed']} computed, same hash"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench.make(Path(folder), options.rows)
+        for number in range(options.trials):
+            print(trial(bench, number, rng), flush=True)
+    print(f"{options.trials} trials: nothing lost, nothing double, the same run hash every time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+"""Every op on the GPU against its numpy twin, in the order of the ops protocol."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support.attention_problem import AttentionProblem, attention_problem
+
+from orcd_batch.backend.numpy_ops import NumpyOps
+from orcd_batch.backend.numpy_sampler import sample_row
+from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, SampleBatch, Sampled
+from orcd_batch.errors import DeviceError
+
+Floats = NDArray[np.float32]
+
+HIDDEN_SIZES = (8, 40, 64, 576, 896, 3072, 4104)
+# (H, Hkv, D): Phi-3, Qwen2.5-0.5B, SmolLM2, Llama-3, then odd ones; groups of 1, 7, 3, 4, 24, 5, 2.
+HEADS = [
+    (32, 32, 96),
+    (14, 2, 64),
+    (9, 3, 64),
+    (32, 8, 128),
+    (24, 1, 64),
+    (5, 1, 80),
+    (4, 2, 32),
+    (3, 3, 16),
+    (2, 2, 112),
+]
+HALF_ULP = 2.0**-11
+
+
+@pytest.fixture(scope="module")
+def twin() -> Iterator[NumpyOps]:
+    opened = NumpyOps(num_threads=1)
+    yield opened
+    opened.close()
+
+
+def put(ops: Any, name: str, array: NDArray[Any]) -> Any:
+    (placed,) = ops.staging.place(f"test_{name}", [array])
+    return placed
+
+
+def normal(seed: list[int], *shape: int) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def assert_rounded(actual: NDArray[Any], exact: NDArray[Any], ulps: float = 1.01) -> None:
+    """actual is exact rounded to fp16, but for `ulps` half-units in the last place."""
+    tolerance = ulps * HALF_ULP * np.maximum(np.abs(exact), 2.0**-14)
+    assert actual.shape == exact.shape
+    assert np.all(np.abs(actual.astype(np.float64) - exact) <= tolerance)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN_SIZES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 130])
+def test_embedding_copies_the_rows_of_the_ids(ops: Any, hidden: int, num_tokens: int) -> None:
+    table = normal([hidden], 301, hidden).astype(np.float16)
+    ids = np.random.default_rng(num_tokens).integers(0, 301, num_tokens).astype(np.int32)
+    x = ops.embedding(put(ops, "ids", ids), put(ops, "table", table))
+    np.testing.assert_array_equal(ops.to_host(x), table[ids].astype(np.float32))
+
+
+@pytest.mark.parametrize("hidden", HIDDEN_SIZES)
+@pytest.mark.parametrize(("num_tokens", "scale"), [(1, 1.0), (7, 1e-3), (65, 2e4)])
+def test_rms_norm_is_the_twins_rounded(
+    ops: Any, twin: NumpyOps, hidden: int, num_tokens: int, scale: float
+) -> None:
+    x, weight = normal([1, hidden], num_tokens, hidden) * scale, normal([2, hidden], hidden)
+    y = ops.to_host(ops.rms_norm(put(ops, "x", x), put(ops, "weight", weight), 1e-5))
+    assert_rounded(y, twin.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("hidden", HIDDEN_SIZES)
+@pytest.mark.parametrize("num_tokens", [1, 7, 65])
+def test_add_rms_norm_adds_in_place_and_is_then_rms_norm(
+    ops: Any, twin: NumpyOps, hidden: int, num_tokens: int
+) -> None:
+    x, delta = normal([3, hidden], num_tokens, hidden), normal([4, hidden], num_tokens, hidden)
+    placed, weight = put(ops, "x", x), put(ops, "weight", normal([5, hidden], hidden))
+    y = ops.to_host(ops.add_rms_norm(placed, put(ops, "delta", delta), weight, 1e-6))
+    total = ops.to_host(placed)
+    np.testing.assert_array_equal(total, x + delta)
+    np.testing.assert_array_equal(y, ops.to_host(ops.rms_norm(placed, weight, 1e-6)))
+    assert_rounded(y, twin.rms_norm(total, ops.to_host(weight), 1e-6))
+
+
+def test_a_row_of_infinities_leaves_the_other_rows_alone(ops: Any) -> None:
+    x, weight = normal([6], 3, 896), put(ops, "weight", normal([7], 896))
+    expected = ops.to_host(ops.rms_norm(put(ops, "x", x), weight, 1e-5))
+    x[1, 5] = np.inf
+    y = ops.to_host(ops.rms_norm(put(ops, "x", x), weight, 1e-5))
+    assert not np.isfinite(y[1]).all()
+    np.testing.assert_array_equal(y[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("num_tokens", [1, 9, 150])
+def test_rope_and_cache_rotates_queries_and_fills_just_the_slots(
+    ops: Any, twin: NumpyOps, num_heads: int, num_kv_heads: int, head_dim: int, num_tokens: int
+) -> None:
+    rng = np.random.default_rng([num_heads, head_dim, num_tokens])
+    width, num_blocks = (num_heads + 2 * num_kv_heads) * head_dim, 8
+    qkv, bias = normal([8, width], num_tokens, width), normal([9, width], width)
+    angles = np.arange(700)[:, None] * 0.3 ** np.arange(head_dim // 2)
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    slots = rng.permutation(num_blocks * BLOCK_SIZE)[:num_tokens].astype(np.int32)
+    positions = rng.integers(0, 700, num_tokens).astype(np.int32)
+    empty = np.zeros(0, np.int32)
+    batch = Batch(empty, positions, slots, empty, empty, empty, empty)
+    shape = (num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
+
+    untouched = np.full(shape, 7.0, np.float16)
+    cache = KVCache(put(ops, "keys", untouched), put(ops, "values", untouched))
+    placed = ops.place(batch)
+    q = ops.rope_and_cache(
+        put(ops, "qkv", qkv), put(ops, "bias", bias), put(ops, "table", table), cache, placed
+    )
+    twin_cache = KVCache(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+    twin_q = twin.rope_and_cache(qkv, bias, table, twin_cache, twin.place(batch))
+
+    block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    assert_rotated(ops.to_host(q), twin_q)
+    keys, values = ops.to_host(cache.keys), ops.to_host(cache.values)
+    assert_rotated(keys[block, :, offset], twin_cache.keys[block, :, offset])
+    rounded = twin_cache.values[block, :, offset].astype(np.float16)
+    np.testing.assert_array_equal(values[block, :, offset], rounded.astype(np.float32))
+    keys[block, :, offset] = values[block, :, offset] = 7.0
+    assert (keys == 7.0).all()
+    assert (values == 7.0).all()
+
+
+def assert_rotated(actual: Floats, expected: Floats) -> None:
+    """Equal but for the rounding to fp16 and to fp32 in between."""
+    assert actual.shape == expected.shape
+    assert np.all(np.abs(actual - expected) <= 1.01 * HALF_ULP * np.abs(expected) + 1e-6)
+
+
+def test_rope_and_cache_takes_no_bias_and_skips_padding_tokens(ops: Any) -> None:
+    qkv = normal([10], 2, 3 * 64)
+    slots = np.array([-1, 5], np.int32)
+    empty = np.zeros(0, np.int32)
+    batch = ops.place(Batch(empty, np.zeros(2, np.int32), slots, empty, empty, empty, empty))
+    still = np.stack([np.ones((1, 32)), np.zeros((1, 32))], axis=1).astype(np.float32)
+    zeros = np.zeros((1, 1, BLOCK_SIZE, 64), np.float16)
+    cache = KVCache(put(ops, "keys", zeros), put(ops, "values", zeros))
+    q = ops.rope_and_cache(put(ops, "qkv", qkv), None, put(ops, "table", still), cache, batch)
+    halves = qkv.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(ops.to_host(q)[:, 0], halves[:, :64])
+    keys, values = ops.to_host(cache.keys), ops.to_host(cache.values)
+    np.testing.assert_array_equal(keys[0, 0, 5], halves[1, 64:128])
+    np.testing.assert_array_equal(values[0, 0, 5], halves[1, 128:])
+    keys[0, 0, 5] = values[0, 0, 5] = 0.0
+    assert not keys.any()
+    assert not values.any()
+
+
+SEQUENCES = [
+    [(1, 1)],
+    [(64, 64)],
+    [(65, 65), (1, 1)],
+    [(1, 1), (63, 1), (64, 1), (65, 1), (256, 1), (257, 1), (1000, 1)],
+    [(130, 130), (300, 1), (200, 7), (513, 2), (128, 1), (700, 300)],
+]
+
+
+def run_attention(ops: Any, problem: AttentionProblem, window: int = 0) -> Floats:
+    cache = KVCache(put(ops, "keys", problem.keys), put(ops, "values", problem.values))
+    q = put(ops, "q", problem.q)
+    return ops.to_host(ops.attention(q, cache, ops.place(problem.batch), window))
+
+
+def assert_attends_as_twin(
+    ops: Any, twin: NumpyOps, problem: AttentionProblem, window: int
+) -> None:
+    cache = KVCache(problem.clean(problem.keys), problem.clean(problem.values))
+    q = problem.q.astype(np.float32)
+    expected = twin.attention(q, cache, twin.place(problem.batch), window)
+    actual = run_attention(ops, problem, window)
+    assert actual.shape == (problem.q.shape[0], problem.q.shape[1] * problem.q.shape[2])
+    # The weights are rounded to fp16 (by up to 2^-11 each, at random) and so is the result.
+    largest, expected = np.abs(cache.values).max(), expected.reshape(actual.shape)
+    np.testing.assert_allclose(actual, expected, atol=3e-4 * largest, rtol=6e-4)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("sequences", SEQUENCES, ids=lambda s: "+".join(f"{c}.{q}" for c, q in s))
+def test_attention_is_the_twins(
+    ops: Any,
+    twin: NumpyOps,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    sequences: list[tuple[int, int]],
+) -> None:
+    problem = attention_problem(num_heads, num_kv_heads, head_dim, sequences)
+    assert_attends_as_twin(ops, twin, problem, 0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 50, 64, 65, 256, 300, 5000])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [HEADS[0], HEADS[1]])
+def test_attention_sees_the_sliding_window_only(
+    ops: Any, twin: NumpyOps, num_heads: int, num_kv_heads: int, head_dim: int, window: int
+) -> None:
+    problem = attention_problem(num_heads, num_kv_heads, head_dim, SEQUENCES[-1])
+    assert_attends_as_twin(ops, twin, problem, window)
+
+
+def test_attention_with_scores_in_the_thousands_stays_finite(ops: Any, twin: NumpyOps) -> None:
+    problem = attention_problem(4, 2, 64, [(300, 1), (200, 200)], scale=30.0)
+    actual = run_attention(ops, problem)
+    assert np.isfinite(actual).all()
+    cache = KVCache(problem.clean(problem.keys), problem.clean(problem.values))
+    q = problem.q.astype(np.float32)
+    expected = twin.attention(q, cache, twin.place(problem.batch), 0).reshape(actual.shape)
+    np.testing.assert_allclose(actual, expected, atol=2e-2, rtol=0)
+
+
+def test_a_head_dim_the_kernel_does_not_have_is_refused(ops: Any) -> None:
+    problem = attention_problem(2, 2, 24, [(3, 1)])
+    with pytest.raises(DeviceError, match="head dim is 24"):
+        run_attention(ops, problem)
+
+
+@pytest.mark.parametrize("size", [8, 64, 192, 1536, 4864, 8192])
+@pytest.mark.parametrize("num_tokens", [1, 3, 70])
+def test_swiglu_is_the_twins_rounded(ops: Any, twin: NumpyOps, size: int, num_tokens: int) -> None:
+    gate_up = normal([11, size], num_tokens, 2 * size) * 4
+    edges = np.array([0.0, -0.0, 90.0, -90.0, 200.0, -200.0, 1e-30, -1e4], np.float32)
+    gate_up[0, :8] = edges
+    y = ops.to_host(ops.swiglu(put(ops, "gate_up", gate_up)))
+    assert_rounded(y, twin.swiglu(gate_up), ulps=1.02)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("hidden", HIDDEN_SIZES)
+def test_take_rows_moves_bytes(ops: Any, hidden: int, dtype: Any) -> None:
+    x = normal([12, hidden], 50, hidden).astype(dtype)
+    for rows in ([49], [0, 0, 7, 3], list(range(50)), []):
+        taken = ops.take_rows(put(ops, "x", x), put(ops, "rows", np.array(rows, np.int32)))
+        np.testing.assert_array_equal(ops.to_host(taken), x[rows].astype(np.float32))
+
+
+# Sampling: the numpy sampler is the specification, bit for bit.
+
+
+def sample_batch(num_rows: int, vocab_size: int, seed: int, **fixed: Any) -> SampleBatch:
+    """Parameters drawn so that every filter is sometimes off, sometimes mild, sometimes extreme."""
+    rng = np.random.default_rng([seed, vocab_size])
+
+    def pick(*choices: float) -> NDArray[Any]:
+        return rng.choice(np.array(choices), num_rows)
+
+    drawn: dict[str, Any] = {
+        "temperature": pick(0.0, 0.3, 0.7, 1.0, 1.0, 2.5),
+        "top_k": pick(0, 0, 1, 2, 40, vocab_size - 1, vocab_size, 10**6),
+        "top_p": pick(1.0, 1.0, 0.0, 0.1, 0.5, 0.9, 0.95, 0.999),
+        "min_p": pick(0.0, 0.0, 1e-6, 0.05, 0.5, 1.0),
+        "repetition_penalty": pick(1.0, 1.0, 1.1, 1.3, 0.8, 5.0),
+        "seed": rng.integers(0, 2**64, num_rows, np.uint64),
+        "stream": rng.integers(0, 2**64, num_rows, np.uint64),
+        "position": rng.integers(0, 2**32, num_rows, np.uint32),
+    }
+    drawn.update({name: np.full(num_rows, value) for name, value in fixed.items()})
+    seen = [
+        rng.choice(vocab_size, min(vocab_size, rng.integers(0, 200)), replace=False)
+        if penalty != 1.0
+        else np.zeros(0, np.int64)
+        for penalty in drawn["repetition_penalty"]
+    ]
+    start = np.cumsum([0, *map(len, seen)])
+    types = {"top_k": np.int32, "seed": np.uint64, "stream": np.uint64, "position": np.uint32}
+    columns = {name: value.astype(types.get(name, np.float32)) for name, value in drawn.items()}
+    return SampleBatch(
+        **columns,
+        seen_ids=np.concatenate([np.zeros(0), *seen]).astype(np.int32),
+        seen_start=start.astype(np.int32),
+    )
+
+
+def check_sample(ops: Any, logits: Floats, batch: SampleBatch) -> Sampled:
+    """Compares with the numpy sampler, clustered and generic kernel both; returns the results."""
+    from orcd_batch.backend.cuda.sampling import Sampling
+
+    sampling = Sampling(ops.device, ops.kernels, ops.workspace, ops.staging)
+    placed = put(ops, "logits", logits)
+    sampled = ops.sample(placed, batch)
+    generic = sampling.fetch(sampling.choose(placed, sampling.place(batch), generic=True))
+    for name in ("token_ids", "logprobs", "margins", "fingerprints", "finite"):
+        np.testing.assert_array_equal(getattr(generic, name), getattr(sampled, name), name)
+    for row, raw in enumerate(logits):
+        token, logprob, margin, fingerprint, finite = sample_row(raw, batch, row)
+        where = f"row {row}: {[(n, getattr(batch, n)[row]) for n in batch.__slots__[:5]]}"
+        assert sampled.finite[row] == finite, where
+        assert sampled.fingerprints[row] == fingerprint, where
+        assert sampled.token_ids[row] == token, where
+        assert sampled.margins[row] == np.float32(margin), where
+        assert abs(sampled.logprobs[row] - logprob) <= 2e-6 * max(1.0, abs(logprob)), where
+    return sampled
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 7, 100, 511, 4099, 32064])
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_sample_chooses_as_the_numpy_sampler(ops: Any, vocab_size: int, scale: float) -> None:
+    num_rows = 40 if vocab_size < 10_000 else 16
+    for seed in range(3):
+        logits = normal([13, vocab_size, seed], num_rows, vocab_size) * np.float32(scale)
+        check_sample(ops, logits, sample_batch(num_rows, vocab_size, seed))
+
+
+@pytest.mark.parametrize("vocab_size", [49152, 151936, 262144])
+def test_sample_chooses_as_the_numpy_sampler_from_large_vocabularies(
+    ops: Any, vocab_size: int
+) -> None:
+    logits = normal([14, vocab_size], 10, vocab_size) * np.float32(3.0)
+    check_sample(ops, logits, sample_batch(10, vocab_size, 5))
+
+
+def test_sample_orders_equal_logits_by_id(ops: Any) -> None:
+    rng = np.random.default_rng(15)
+    for vocab_size in (50, 33000):
+        for levels in (1, 2, 40):
+            logits = rng.integers(0, levels, (12, vocab_size)).astype(np.float32)
+            logits[rng.random(logits.shape) < 0.3] *= -1.0  # zeros of both signs
+            check_sample(ops, logits, sample_batch(12, vocab_size, levels))
+
+
+def test_sample_sums_equal_weights_of_a_whole_large_vocabulary(ops: Any) -> None:
+    logits = np.zeros((3, 262144), np.float32)
+    check_sample(ops, logits, sample_batch(3, 262144, 1, temperature=1.0, top_k=0, top_p=0.7))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1e5, 1e30])
+def test_sample_keeps_to_the_specification_at_extreme_temperatures(
+    ops: Any, temperature: float
+) -> None:
+    logits = normal([16], 24, 3000) * np.float32(4.0)
+    check_sample(ops, logits, sample_batch(24, 3000, 2, temperature=temperature))
+
+
+@pytest.mark.parametrize("penalty", [1e-30, 1e30])
+def test_sample_clips_what_an_extreme_penalty_makes_of_the_logits(ops: Any, penalty: float) -> None:
+    logits = normal([17], 16, 500) * np.float32(1e10)
+    check_sample(ops, logits, sample_batch(16, 500, 3, repetition_penalty=penalty))
+
+
+def test_sample_handles_logits_at_the_ends_of_fp32(ops: Any) -> None:
+    logits = normal([18], 16, 900)
+    logits[:, ::7] = 3.4e38
+    logits[:, 3::7] = -3.4e38
+    logits[:, 5::7] = 1e-44
+    check_sample(ops, logits, sample_batch(16, 900, 4))
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_sample_flags_a_row_that_is_not_finite_and_no_other(ops: Any, bad: float) -> None:
+    logits = normal([19], 4, 1200)
+    logits[1, 1199] = logits[2, 0] = bad
+    sampled = check_sample(ops, logits, sample_batch(4, 1200, 6))
+    assert sampled.finite.tolist() == [True, False, False, True]
+
+
+def test_sample_of_no_rows_is_empty(ops: Any) -> None:
+    logits = put(ops, "logits", np.zeros((0, 100), np.float32))
+    sampled = ops.sample(logits, sample_batch(0, 100, 7))
+    assert len(sampled.token_ids) == 0
+
+
+def test_a_vocabulary_beyond_the_samplers_sums_is_refused(ops: Any) -> None:
+    logits = np.zeros((1, (1 << 18) + 1), np.float32)
+    with pytest.raises(DeviceError, match="262,145 tokens"):
+        ops.sample(put(ops, "logits", logits), sample_batch(1, 100, 8))
