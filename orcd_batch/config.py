@@ -123,7 +123,8 @@ def nearest_option(name: str) -> str | None:
 
 def _composed_names(node: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in node:
-        yield prefix + str(key)
+        assert isinstance(key, str), f"the composed config has the key {key!r}"
+        yield prefix + key
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_missing():
             yield from _composed_names(child, f"{prefix}{key}.")

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from orcd_batch.config import JobOptions
-from orcd_batch.data import DatasetOptions, InputDataset, InputRow, PartStore, SampleResult
+from orcd_batch.data import (
+    DatasetOptions,
+    InputDataset,
+    InputRow,
+    PartStore,
+    SampleResult,
+    preview,
+)
 from orcd_batch.engine.engine import Engine
 from orcd_batch.engine.request import Completion
 from orcd_batch.engine_factory import BuiltEngine, build_engine, choose_engine
@@ -25,6 +32,9 @@ from orcd_batch.text import Tokenizer, cut_at_stop
 from orcd_batch.view import JobView
 
 log = logging.getLogger(__name__)
+
+# Rows shown at the end of a run.
+_NUM_SAMPLES = 4
 
 
 def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
@@ -48,7 +58,7 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
         stack.callback(store.close)
         if store.state == "complete":
             view.say(f"{output} is already complete; overwrite=true computes it again.")
-            return _document(store, output, 0, {}, view)
+            return _document(store, dataset, output, 0, {}, view)
 
         built = stack.enter_context(build_engine(source, options.engine, choice, view.loading))
         view.say(f"{source.config.name} on {choice.device} ({choice.kind} engine: {choice.reason})")
@@ -69,7 +79,7 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
             dataset,
             manifest(options, identity, source, built, totals, statistics, surroundings),
         )
-        return _document(store, output, run.num_rows, statistics, view)
+        return _document(store, dataset, output, run.num_rows, statistics, view)
 
 
 @dataclass(slots=True)
@@ -148,7 +158,8 @@ class Run:
             self._engine.add(request)
 
     def _finish_sample(self, completion: Completion) -> None:
-        index, sample = completion.key  # type: ignore[misc]
+        assert isinstance(completion.key, tuple), f"not a key of ours: {completion.key!r}"
+        index, sample = completion.key
         row, stop = self._pending[index].row, self._pending[index].stop
         if completion.error is not None:
             self._keep(index, self._failed(row, sample, completion.error))
@@ -219,7 +230,12 @@ def _shown(path: Path) -> str:
 
 
 def _document(
-    store: PartStore, output: str, computed: int, statistics: dict[str, Any], view: JobView
+    store: PartStore,
+    dataset: InputDataset,
+    output: str,
+    computed: int,
+    statistics: dict[str, Any],
+    view: JobView,
 ) -> dict[str, Any]:
     """The run as its last line of stdout, out of the finished output's own manifest."""
     assert store.manifest is not None, "the output is not complete"
@@ -234,5 +250,6 @@ def _document(
         "run_hash": store.manifest["run_hash"],
         "output": output,
     }
-    view.summary(document)
+    samples = preview(output, dataset.columns.input, dataset.options.output_prefix, _NUM_SAMPLES)
+    view.finish(samples, document)
     return document

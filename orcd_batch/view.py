@@ -85,19 +85,20 @@ class JobView:
             self._logged = now
             log.info("%d rows done, %d tokens, %s", done, tokens, rate)
 
-    def samples(self, rows: Sequence[tuple[str, str]]) -> None:
-        """A few prompts and completions, for reading."""
-        table = Table(show_lines=True, expand=True)
-        table.add_column("prompt", ratio=1)
-        table.add_column("completion", ratio=2)
-        for prompt, completion in rows:
-            table.add_row(escape(prompt), escape(completion))
-        self.console.print(table)
-
-    def summary(self, facts: Mapping[str, Any]) -> None:
-        """The closing table; one fact a line."""
-        table = Table(show_header=False, box=None, pad_edge=False)
+    def finish(self, samples: Sequence[tuple[str, str]], facts: Mapping[str, Any]) -> None:
+        """The end: a few (prompt, completion) pairs for reading, then one fact a line."""
+        self._progress.stop()
+        if samples:
+            table = Table(show_lines=True, expand=True)
+            table.add_column("prompt", ratio=1)
+            table.add_column("completion", ratio=2)
+            for prompt, completion in samples:
+                table.add_row(escape(prompt), escape(completion))
+            self.console.print(table)
+        summary = Table(show_header=False, box=None, pad_edge=False)
         for name, value in facts.items():
             log.info("%s: %s", name, value)
-            table.add_row(name, escape(str(value)), style="" if name != "run hash" else "bold")
-        self.console.print(table)
+            style = "bold" if name == "run_hash" else ""
+            shown = f"{value:,}" if isinstance(value, int | float) else str(value)
+            summary.add_row(name.replace("_", " "), escape(shown), style=style)
+        self.console.print(summary)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from orcd_batch.data.dataset import InputDataset, InputRow
     from orcd_batch.data.manifest import read_manifest
     from orcd_batch.data.part_store import PartStore
+    from orcd_batch.data.first_rows import preview
     from orcd_batch.data.results import SampleResult
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "InputRow",
     "PartStore",
     "SampleResult",
+    "preview",
     "read_manifest",
 ]
 
@@ -28,6 +30,7 @@ _HOMES = {
     "InputRow": "dataset",
     "PartStore": "part_store",
     "SampleResult": "results",
+    "preview": "first_rows",
     "read_manifest": "manifest",
 }
 
