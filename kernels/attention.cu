@@ -7,15 +7,15 @@
 //            context_lens (B,), block_tables (B, max_blocks) i32: as backend/ops.py's Batch.
 //            A row is a pair (token, head of the group), token-major; 16 rows of one KV head are one
 //            mma tile, so a decode step's tile holds the group and a prefill tile the group x tokens.
-//            partials: per item min(G, 16) x (D + 2) fp32; counters: B Hkv ceil(G / 16), all zero
-//            before and after.
-// mapping:   PREFILL 0: sequences with one query. Item = (sequence, split, KV head, row tile); warp w
-//            of the grid owns items w, w + W, … and streams their tiles through its own stages
-//            without a gap; the last warp to finish a row tile's splits merges them.
-//            PREFILL 1: sequences with more. Block (i, KV head) owns WARPS * ROW_TILES * 16 rows of
-//            one sequence and walks its tiles; warps share the tiles in shared memory.
-// macros:    NUM_HEADS (H), NUM_KV_HEADS (Hkv), HEAD_DIM (D, a multiple of 16 up to 128), PREFILL,
-//            WARPS, ROW_TILES (1 for decode), STAGES (2 for prefill)
+//            partials: for each sequence, split, KV head and row tile min(G, 16) x (D + 2) fp32
+// mapping:   KIND 0, decode: sequences with one query. Item = (sequence, split, KV head, row tile);
+//            warp w of the grid owns items w, w + W, … and streams their tiles through its own stages
+//            without a gap. A query with one split is done; others leave partials.
+//            KIND 1, prefill: sequences with more. Block (i, KV head) owns WARPS * ROW_TILES * 16 rows
+//            of one sequence and walks its tiles; warps share the tiles in shared memory.
+//            KIND 2, merge: warp = (sequence, head), of the queries that left partials.
+// macros:    NUM_HEADS (H), NUM_KV_HEADS (Hkv), HEAD_DIM (D, a multiple of 16 up to 128), KIND,
+//            WARPS, ROW_TILES (1 for decode), STAGES (2 for prefill), MIN_BLOCKS (resident per SM)
 // bound by:  decode: bytes of keys and values; prefill: flops (mma.sync) and exponentials
 // order:     Every row does the same arithmetic wherever it runs, in tiles of 64 keys at absolute
 //            positions and splits of 256. Scores: one k16 chain over D. A split, tiles ascending:
@@ -25,7 +25,8 @@
 //            seen or skipped. Rows beyond the context are loaded as zeros: stale memory is harmless.
 // source:    online softmax: Milakov & Gimelshein 2018; tiling: Dao 2023 (FlashAttention-2)
 // architectures: sm_80 sm_90 sm_120
-// compile:   NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 PREFILL=0 WARPS=4 ROW_TILES=1 STAGES=2 | NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 PREFILL=1 WARPS=4 ROW_TILES=2 STAGES=2 | NUM_HEADS=14 NUM_KV_HEADS=2 HEAD_DIM=64 PREFILL=0 WARPS=4 ROW_TILES=1 STAGES=2 | NUM_HEADS=14 NUM_KV_HEADS=2 HEAD_DIM=64 PREFILL=1 WARPS=4 ROW_TILES=2 STAGES=2 | NUM_HEADS=32 NUM_KV_HEADS=8 HEAD_DIM=128 PREFILL=0 WARPS=3 ROW_TILES=1 STAGES=2 | NUM_HEADS=32 NUM_KV_HEADS=8 HEAD_DIM=128 PREFILL=1 WARPS=4 ROW_TILES=1 STAGES=2
+// compile:   NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 KIND=0 WARPS=4 ROW_TILES=1 STAGES=2 | NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 KIND=1 WARPS=4 ROW_TILES=2 STAGES=2 | NUM_HEADS=14 NUM_KV_HEADS=2 HEAD_DIM=64 KIND=0 WARPS=4 ROW_TILES=1 STAGES=2 | NUM_HEADS=14 NUM_KV_HEADS=2 HEAD_DIM=64 KIND=1 WARPS=4 ROW_TILES=2 STAGES=2 | NUM_HEADS=32 NUM_KV_HEADS=8 HEAD_DIM=128 KIND=0 WARPS=3 ROW_TILES=1 STAGES=2 | NUM_HEADS=32 NUM_KV_HEADS=8 HEAD_DIM=128 KIND=1 WARPS=4 ROW_TILES=1 STAGES=2
+//            | NUM_HEADS=14 NUM_KV_HEADS=2 HEAD_DIM=64 KIND=2 WARPS=4 ROW_TILES=1 STAGES=2
 // spills:    none
 
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 128, "head dims are multiples of 16 up to 128");
@@ -256,7 +257,7 @@ __device__ __forceinline__ int first_visible(int position, int reach) {
     return max(position - reach + 1, 0);
 }
 
-#if PREFILL
+#if KIND == 1
 
 // --- prefill: one block, one sequence, WARPS * ROW_TILES * 16 rows ------------------------------------
 
@@ -282,13 +283,19 @@ __device__ __forceinline__ int find_sequence(const i32* query_start, int num_seq
     return low;
 }
 
+// The same value, worked out anew where it is used instead of held in a register across the loop.
+__device__ __forceinline__ int rematerialized(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Where row `row` of a sequence lies in q and out.
 __device__ __forceinline__ size_t row_offset(int query, int row, int kv_head) {
     const size_t head = kv_head * GROUP + row % GROUP;
     return ((size_t)(query + row / GROUP) * NUM_HEADS + head) * HEAD_DIM;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attention(const f16* __restrict__ q, const f16* __restrict__ keys,
               const f16* __restrict__ values, const i32* __restrict__ query_start,
               const i32* __restrict__ context_lens, const i32* __restrict__ block_tables,
@@ -328,19 +335,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp_first_tile = first_visible(warp_first, reach) / TILE;
     const int warp_last_tile = warp_row < num_rows ? warp_last / TILE : -1;
 
-    const TileLoader<TILE / WARPS> loader(warp * (TILE / WARPS));
     const u32 stages = shared_address(shared);
     const i32* table = block_tables + (size_t)sequence * max_blocks;
+    i32 cache_block = table[first_tile];  // of the next tile to load
     auto load = [&](int tile) {
-        const size_t offset = ((size_t)table[tile] * NUM_KV_HEADS + kv_head) * TILE * HEAD_DIM;
+        const TileLoader<TILE / WARPS> loader(rematerialized(warp * (TILE / WARPS)));
+        const size_t offset = ((size_t)cache_block * NUM_KV_HEADS + kv_head) * TILE * HEAD_DIM;
         const u32 stage = stages + tile % STAGES * STAGE_BYTES;
         loader.load(stage, keys + offset, context - tile * TILE);
         loader.load(stage + TILE_BYTES, values + offset, context - tile * TILE);
         copy_async_commit();
+        if (tile < last_tile) cache_block = table[tile + 1];
     };
-    // This warp's totals wait here while a split is under way.
-    float4* parked = (float4*)(shared + STAGES * STAGE_BYTES) + warp * PARKED + lane;
-    bool is_parked = false;
 
     load(first_tile);
     rows.start_split();
@@ -361,8 +367,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         rows.attend(stage, stage + TILE_BYTES, all_visible, visible, scale);
 
         const bool is_last = tile == warp_last_tile;
+        const bool is_parked = tile / SPLIT_TILES > warp_first_tile / SPLIT_TILES;
         if (tile % SPLIT_TILES != SPLIT_TILES - 1 && !is_last) continue;
         rows.finish_split();
+        // This warp's totals wait here while a split is under way.
+        float4* parked = (float4*)(shared + STAGES * STAGE_BYTES) + warp * PARKED + lane;
 #pragma unroll
         for (int i = 0; i < ROW_TILES; ++i) {
             float4* place = parked + i * (COLUMN_TILES + 1) * WARP;
@@ -390,7 +399,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 make_float4(merged[0].max, merged[0].sum, merged[1].max, merged[1].sum);
             rows.sum[i][0] = merged[0].sum, rows.sum[i][1] = merged[1].sum;
         }
-        is_parked = true;
         if (!is_last) rows.start_split();
     }
 #pragma unroll
@@ -405,13 +413,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
 #else
 
-// --- decode: one warp, one item ---------------------------------------------------------------------
+// --- decode and merge: what one leaves for the other --------------------------------------------------
 
-constexpr int GROUP_TILES = (GROUP + 15) / 16;              // row tiles of a KV head
-constexpr int UNITS = NUM_KV_HEADS * GROUP_TILES;           // items of a split
+constexpr int GROUP_TILES = (GROUP + 15) / 16;           // row tiles of a KV head
+constexpr int UNITS = NUM_KV_HEADS * GROUP_TILES;        // items of a split
 constexpr int ITEM_ROWS = GROUP < 16 ? GROUP : 16;
-constexpr int ITEM_FLOATS = ITEM_ROWS * (HEAD_DIM + 2);     // o, then (max, sum), by row
-constexpr int LANE_COLUMNS = (HEAD_DIM + WARP - 1) / WARP;  // when a warp merges a row
+constexpr int ITEM_FLOATS = ITEM_ROWS * (HEAD_DIM + 2);  // o, then (max, sum), by row
+
+// Splits that a decode query sees, the first being that of its first visible key.
+__device__ __forceinline__ int num_splits(int context, int reach) {
+    if (context == 0) return 0;
+    const int first = first_visible(context - 1, reach) / (TILE * SPLIT_TILES);
+    return (context - 1) / (TILE * SPLIT_TILES) - first + 1;
+}
+
+__device__ __forceinline__ float* partial_of(float* partials, int sequence, int split, int unit,
+                                             int max_blocks) {
+    const int max_splits = (max_blocks + SPLIT_TILES - 1) / SPLIT_TILES;
+    return partials + (((size_t)sequence * max_splits + split) * UNITS + unit) * ITEM_FLOATS;
+}
+
+#if KIND == 0
+
+// --- decode: one warp, one item -------------------------------------------------------------------
 
 // What a block knows of every sequence, in shared memory.
 struct Sequences {
@@ -419,12 +443,6 @@ struct Sequences {
     int* context;      // (B,)
     int count;
 };
-
-__device__ __forceinline__ int num_splits(int context, int reach) {
-    if (context == 0) return 0;
-    const int first = first_visible(context - 1, reach) / (TILE * SPLIT_TILES);
-    return (context - 1) / (TILE * SPLIT_TILES) - first + 1;
-}
 
 // Fills the table: an inclusive sum over the sequences, THREADS at a time.
 __device__ __forceinline__ void count_splits(const Sequences& s, const i32* query_start,
@@ -505,36 +523,12 @@ __device__ __forceinline__ void store_split(float* partial, const Rows<1>& rows,
     }
 }
 
-// One row from its splits, ascending; a lane owns columns lane, lane + 32, …
-__device__ __forceinline__ void merge_row(f16* out, const float* partial, int row, int split_count,
-                                          float scale) {
-    const int lane = threadIdx.x % WARP;
-    Merged merged;
-    float total[LANE_COLUMNS] = {};
-#pragma unroll 4
-    for (int split = 0; split < split_count; ++split) {
-        const float* from = partial + (size_t)split * UNITS * ITEM_FLOATS;
-        const float2 state = __ldcg((const float2*)(from + ITEM_ROWS * HEAD_DIM) + row);
-        merged.take(state.x, state.y, scale);
-#pragma unroll
-        for (int c = 0; c < LANE_COLUMNS; ++c) {
-            const int column = lane + c * WARP;
-            const float o = column < HEAD_DIM ? __ldcg(from + row * HEAD_DIM + column) : 0.0f;
-            total[c] = merged.value(total[c], o);
-        }
-    }
-    const float inverse = __frcp_rn(merged.sum);
-#pragma unroll
-    for (int c = 0; c < LANE_COLUMNS; ++c)
-        if (lane + c * WARP < HEAD_DIM) out[lane + c * WARP] = to_f16(normalized(total[c], inverse));
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attention(const f16* __restrict__ q, const f16* __restrict__ keys,
               const f16* __restrict__ values, const i32* __restrict__ query_start,
               const i32* __restrict__ context_lens, const i32* __restrict__ block_tables,
               f16* __restrict__ out, int num_sequences, int max_blocks, int reach, float scale,
-              float* partials, u32* counters) {
+              float* __restrict__ partials) {
     extern __shared__ __align__(128) char shared[];
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
@@ -614,18 +608,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
             continue;
         }
-        store_split(partials + (size_t)index * ITEM_FLOATS, rows, num_rows);
-        __threadfence();
-        __syncwarp();
-        u32 arrived = 0;
-        if (lane == 0) arrived = atomicInc(counters + work.sequence * UNITS + work.unit, work.split_count - 1);
-        if (__shfl_sync(FULL_WARP, arrived, 0) != work.split_count - 1) continue;
-        __threadfence();
-        const int first_item = index - work.split * UNITS;
-        for (int row = 0; row < num_rows; ++row)
-            merge_row(out + (head + row) * HEAD_DIM, partials + (size_t)first_item * ITEM_FLOATS, row,
-                      work.split_count, scale);
+        float* partial = partial_of(partials, work.sequence, work.split, work.unit, max_blocks);
+        store_split(partial, rows, num_rows);
     }
 }
 
+#else
+
+// --- merge: one warp, one query's head --------------------------------------------------------------
+
+constexpr int LANE_COLUMNS = (HEAD_DIM + WARP - 1) / WARP;  // lane, lane + 32, …
+constexpr int AHEAD = 8;                                    // splits whose values are under way at once
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    attention(float* __restrict__ partials, const i32* __restrict__ query_start,
+              const i32* __restrict__ context_lens, f16* __restrict__ out, int num_sequences,
+              int max_blocks, int reach, float scale) {
+    const int lane = threadIdx.x % WARP;
+    const int index = blockIdx.x * WARPS + threadIdx.x / WARP;
+    const int sequence = index / NUM_HEADS;
+    const int head = index % NUM_HEADS;
+    if (sequence >= num_sequences) return;
+    const int query = query_start[sequence];
+    const int split_count = num_splits(context_lens[sequence], reach);
+    if (query_start[sequence + 1] - query != 1 || split_count < 2) return;  // written by its decode
+
+    const int row = head % GROUP % 16;
+    const int unit = head / GROUP * GROUP_TILES + head % GROUP / 16;
+    const float* partial = partial_of(partials, sequence, 0, unit, max_blocks);
+    Merged merged;
+    float total[LANE_COLUMNS] = {};
+    for (int start = 0; start < split_count; start += AHEAD) {
+        float2 state[AHEAD];
+        float o[AHEAD][LANE_COLUMNS];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (start + i >= split_count) break;
+            const float* from = partial + (size_t)(start + i) * UNITS * ITEM_FLOATS;
+            state[i] = ((const float2*)(from + ITEM_ROWS * HEAD_DIM))[row];
+#pragma unroll
+            for (int c = 0; c < LANE_COLUMNS; ++c)
+                if (lane + c * WARP < HEAD_DIM) o[i][c] = from[row * HEAD_DIM + lane + c * WARP];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (start + i >= split_count) break;
+            merged.take(state[i].x, state[i].y, scale);
+#pragma unroll
+            for (int c = 0; c < LANE_COLUMNS; ++c) total[c] = merged.value(total[c], o[i][c]);
+        }
+    }
+    const float inverse = __frcp_rn(merged.sum);
+    f16* target = out + ((size_t)query * NUM_HEADS + head) * HEAD_DIM;
+#pragma unroll
+    for (int c = 0; c < LANE_COLUMNS; ++c)
+        if (lane + c * WARP < HEAD_DIM) target[lane + c * WARP] = to_f16(normalized(total[c], inverse));
+}
+
+#endif
 #endif

@@ -13,7 +13,7 @@
 // bound by:  bytes (R V 4) when greedy; with noise, integer and fp32 arithmetic
 // order:     everything but logprob is exact: integers, maxima with ties to the lowest id, and fp32
 //            sequences per element (elementary.py) written as single rounded operations. logprob:
-//            a thread's elements ascending, lanes and warps by butterfly, then parts: fixed by V.
+//            a thread's elements ascending, then lanes, warps and parts by butterfly: fixed by V.
 // source:    Philox4x32-10: Salmon et al. 2011; Gumbel-max; radix selection on the value's bits
 // architectures: sm_80 sm_90 sm_120
 // compile:   VOCAB=32064 GENERIC=0 | VOCAB=151936 GENERIC=0 | VOCAB=151936 GENERIC=1
@@ -139,40 +139,16 @@ __device__ __forceinline__ T of_part(const T& slot, int part) {
 #endif
 }
 
-template <class T>
-__device__ __forceinline__ T shuffle_xor(const T& value, int step) {
-    T other;
-#pragma unroll
-    for (int i = 0; i < sizeof(T) / 4; ++i)
-        ((u32*)&other)[i] = __shfl_xor_sync(FULL_WARP, ((const u32*)&value)[i], step);
-    return other;
+// An unsigned integer in the order of the numbers; both zeros give the same.
+__device__ __forceinline__ u32 ordered(float x) {
+    const u32 bits = as_bits(__fadd_rn(x, 0.0f));
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
-
-// Reduces over the block; the result is thread 0's. T::merge is symmetric to the bit.
-template <class T>
-__device__ __forceinline__ T block_reduce(T value, T* scratch) {
-#pragma unroll
-    for (int step = 16; step > 0; step >>= 1) value.merge(shuffle_xor(value, step));
-    __syncthreads();
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
-    __syncthreads();
-    if (threadIdx.x < WARP) {
-        value = scratch[threadIdx.x % NUM_WARPS];
-#pragma unroll
-        for (int step = NUM_WARPS / 2; step > 0; step >>= 1) value.merge(shuffle_xor(value, step));
-    }
-    return value;
+__device__ __forceinline__ float number_of(u32 key) {
+    return as_float(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu));
 }
-
-// Merges the slots of all parts, in every thread. All blocks of the row call it.
-template <class T>
-__device__ __forceinline__ T merge_parts(const T* slots) {
-    row_sync();
-    const int part = threadIdx.x % PARTS;
-    T value = of_part(slots[part], part);
-#pragma unroll
-    for (int step = PARTS / 2; step > 0; step >>= 1) value.merge(shuffle_xor(value, step));
-    return value;
+__device__ __forceinline__ float warp_top(float x) {
+    return number_of(__reduce_max_sync(FULL_WARP, ordered(x)));
 }
 
 // The largest value, of equal ones the lowest id.
@@ -181,11 +157,13 @@ struct Best {
     int id;
 
     static __device__ __forceinline__ Best none() { return {minus_infinity(), NO_ID}; }
-    __device__ __forceinline__ bool is_beaten_by(const Best& other) const {
-        return other.value > value || (other.value == value && other.id < id);
+    __device__ __forceinline__ void add(float other, int other_id) {
+        if (other > value || (other == value && other_id < id)) value = other, id = other_id;
     }
-    __device__ __forceinline__ void merge(const Best& other) {
-        if (is_beaten_by(other)) *this = other;
+    __device__ __forceinline__ void reduce_warp() {
+        const float top = warp_top(value);
+        id = __reduce_min_sync(FULL_WARP, value == top ? id : NO_ID);
+        value = top;
     }
 };
 
@@ -200,40 +178,56 @@ struct Stats {
         return {Best::none(), Best::none(), minus_infinity(), 0.0f, 0, 0, 1};
     }
     __device__ __forceinline__ u64 hash() const { return (u64)hash_high << 32 | hash_low; }
-    __device__ __forceinline__ void add_hash(u64 term) {
-        const u64 sum64 = hash() + term;
-        hash_low = (u32)sum64, hash_high = (u32)(sum64 >> 32);
+    __device__ __forceinline__ void set_hash(u64 hash) {
+        hash_low = (u32)hash, hash_high = (u32)(hash >> 32);
     }
+    // Ids come in ascending order.
     __device__ __forceinline__ void add(float raw, float penalized_value, int id) {
-        if (raw > best.value) {
-            sum = __fadd_rn(__fmul_rn(sum, exp_fixed(__fsub_rn(best.value, raw))), 1.0f);
-            second = best.value;
-            best = {raw, id};
-        } else {
-            sum = __fadd_rn(sum, exp_fixed(__fsub_rn(raw, best.value)));
-            second = fmaxf(second, raw);
-        }
+        const bool is_better = raw > best.value;
+        const float e = exp_fixed(-fabsf(__fsub_rn(raw, best.value)));
+        sum = is_better ? __fadd_rn(__fmul_rn(sum, e), 1.0f) : __fadd_rn(sum, e);
+        second = is_better ? best.value : fmaxf(second, raw);
+        if (is_better) best = {raw, id};
         if (penalized_value > penalized.value) penalized = {penalized_value, id};
-        add_hash(hash_factor(id) * as_bits(raw));
+        set_hash(hash() + hash_factor(id) * as_bits(raw));
         finite &= (as_bits(raw) & 0x7f800000u) != 0x7f800000u;
     }
-    __device__ __forceinline__ void merge(const Stats& other) {
-        add_hash(other.hash());
-        finite &= other.finite;
-        penalized.merge(other.penalized);
-        if (other.best.id == NO_ID) return;
-        if (best.id == NO_ID) {
-            best = other.best, second = other.second, sum = other.sum;
-            return;
-        }
-        const float top = fmaxf(best.value, other.best.value);
-        sum = __fadd_rn(__fmul_rn(sum, exp_fixed(__fsub_rn(best.value, top))),
-                        __fmul_rn(other.sum, exp_fixed(__fsub_rn(other.best.value, top))));
-        const float lower = fminf(best.value, other.best.value);
-        second = fmaxf(lower, fmaxf(second, other.second));
-        best.merge(other.best);
+    __device__ __forceinline__ void reduce_warp() {
+        const Best own = best;
+        best.reduce_warp();
+        second = warp_top(own.id == best.id ? second : own.value);
+        const float scale = own.id == NO_ID ? 0.0f : exp_fixed(__fsub_rn(own.value, best.value));
+        sum = warp_sum(__fmul_rn(sum, scale));
+        penalized.reduce_warp();
+        set_hash(warp_sum(hash()));
+        finite = __reduce_and_sync(FULL_WARP, finite);
     }
 };
+
+// Reduces over the block: every thread of the first warp gets the result.
+template <class T>
+__device__ __forceinline__ T block_reduce(T value, T* scratch) {
+    const int lane = threadIdx.x % WARP;
+    value.reduce_warp();
+    __syncthreads();
+    if (lane == 0) scratch[threadIdx.x / WARP] = value;
+    __syncthreads();
+    if (threadIdx.x < WARP) {
+        value = lane < NUM_WARPS ? scratch[lane] : T::none();
+        value.reduce_warp();
+    }
+    return value;
+}
+
+// Reduces over the slots of all parts, in every thread. All blocks of the row call it.
+template <class T>
+__device__ __forceinline__ T reduce_parts(const T* slots) {
+    row_sync();
+    const int part = threadIdx.x % WARP;
+    T value = part < PARTS ? of_part(slots[part], part) : T::none();
+    value.reduce_warp();
+    return value;
+}
 
 // --- the row ----------------------------------------------------------------------------------------
 
@@ -469,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTERED ? 2 : 1)
         stats = block_reduce(stats, stats_scratch);
         if (threadIdx.x == 0) stats_of[part] = stats;
     }
-    const Stats stats = merge_parts(stats_of);
+    const Stats stats = reduce_parts(stats_of);
 
     int token = stats.penalized.id;
     if (stats.finite && row.temperature != 0.0f) {
@@ -501,13 +495,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTERED ? 2 : 1)
             if (z_of(d) + MAX_GUMBEL < floor || !limit.admits(d, id)) return;
             if (least > 0.0f && probability_of(d) < least) return;
             const float noise = gumbel(philox_word(stream[r], position[r], id, seed[r]));
-            best.merge({__fadd_rn(z_of(d), noise), id});
+            best.add(__fadd_rn(z_of(d), noise), id);
         });
         // One value per row here, so the first part's slot carries a block's result.
         best = block_reduce(best, best_scratch);
         if (threadIdx.x == 0)
             for (int part = first_part(); part < past_last_part(); ++part) best_of[part] = best;
-        token = merge_parts(best_of).id;
+        token = reduce_parts(best_of).id;
     }
 
     if (threadIdx.x == 0 && first_part() == 0) {

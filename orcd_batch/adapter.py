@@ -1,7 +1,6 @@
 """The Python API: one class for every supported model, and its tokenizer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,7 @@ from orcd_batch.checkpoint.hub import resolve_model_path
 from orcd_batch.config import EngineOptions
 from orcd_batch.engine.context import Context
 from orcd_batch.engine.request import Completion, Request, SamplingParams
-from orcd_batch.engine_factory import BuiltEngine, build_engine, choose_engine
+from orcd_batch.engine_factory import BuiltEngine, OpenModel, build_engine, choose_engine
 from orcd_batch.errors import ClosedError, ConfigError, RowError
 from orcd_batch.model import Progress
 from orcd_batch.reproducibility.hashes import stream_digest
@@ -34,12 +33,6 @@ class Tokenizer(text.Tokenizer):
         """
         with GGUFFile.open(resolve_model_path(str(path))) as gguf:
             return cls.from_metadata(gguf.metadata)
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenModel:
-    gguf: GGUFFile
-    config: ModelConfig
 
 
 class LlamaInferenceAdapter:
@@ -82,7 +75,7 @@ class LlamaInferenceAdapter:
         resolved = resolve_model_path(str(path))
         choice = choose_engine(engine)
         with GGUFFile.open(resolved) as gguf:
-            model = _OpenModel(gguf, read_model_config(gguf, sliding_window))
+            model = OpenModel(gguf, read_model_config(gguf, sliding_window))
             return cls(build_engine(model, engine_options, choice, progress), resolved)
 
     @property

@@ -41,6 +41,14 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class OpenModel:
+    """The plainest `Source`."""
+
+    gguf: GGUFFile
+    config: ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
 class BuiltEngine:
     """A loaded engine; a context manager that closes it.
 

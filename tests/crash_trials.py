@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -28,6 +29,7 @@ class Bench:
     folder: Path
     num_rows: int
     undisturbed: dict[str, Any]
+    seconds_after_first_part: float = 0.0
 
     @classmethod
     def make(cls, folder: Path, num_rows: int) -> "Bench":
@@ -40,8 +42,11 @@ class Bench:
             row_group_size=500,
         )
         bench = cls(folder, num_rows, {})
-        whole = bench.start("whole.parquet")
-        return cls(folder, num_rows, finish(whole))
+        process = bench.start("whole.parquet")
+        bench.wait_for_part(process, "whole.parquet")
+        first_part = time.monotonic()
+        document = finish(process)
+        return cls(folder, num_rows, document, time.monotonic() - first_part)
 
     def start(self, output: str) -> "subprocess.Popen[str]":
         command = [
@@ -59,14 +64,25 @@ class Bench:
             env=environment(),
         )
 
+    def wait_for_part(self, process: "subprocess.Popen[str]", output: str) -> None:
+        """Returns when the first part is committed, or the process has ended."""
+        parts = self.folder / f"{output}.parts"
+        while process.poll() is None and not _has_part(parts):
+            time.sleep(0.002)
+
     def rows(self, output: str) -> list[dict[str, Any]]:
         columns = ["number", "sample_index", "token_hash", "numerics_hash"]
         return pq.read_table(self.folder / output, columns=columns).to_pylist()
 
 
-def environment() -> dict[str, str]:
-    import os
+def _has_part(parts: Path) -> bool:
+    try:
+        return any(name.startswith("part-") for name in os.listdir(parts))
+    except FileNotFoundError:
+        return False
 
+
+def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
 
 
@@ -78,17 +94,23 @@ def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return document
 
 
+def kill_somewhere(bench: Bench, output: str, rng: random.Random) -> bool:
+    """Starts a run and kills it after its first committed part; False when it had finished."""
+    process = bench.start(output)
+    bench.wait_for_part(process, output)
+    time.sleep(rng.uniform(0, 0.8 * bench.seconds_after_first_part))
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), err[-2000:]
+    return process.returncode == -signal.SIGKILL
+
+
 def trial(bench: Bench, number: int, rng: random.Random) -> str:
     """One run killed after its first committed part, then run again. Returns a line about it."""
     output = f"trial-{number}.parquet"
     parts = bench.folder / f"{output}.parts"
-    process = bench.start(output)
-    while process.poll() is None and not list(parts.glob("part-*.parquet")):
-        time.sleep(0.002)
-    time.sleep(rng.uniform(0, 1.5))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    killed = process.returncode == -signal.SIGKILL
+    while not kill_somewhere(bench, output, rng):
+        (bench.folder / output).unlink()
     document = finish(bench.start(output))
     assert document["rows_resumed"] > 0, document
     assert document["rows_resumed"] + document["rows_computed"] == bench.num_rows, document
@@ -96,7 +118,7 @@ def trial(bench: Bench, number: int, rng: random.Random) -> str:
     assert bench.rows(output) == bench.rows("whole.parquet")
     assert not parts.exists(), "the parts outlive the finished output"
     return (
-        f"trial {number}: {'killed' if killed else 'had finished'}, "
+        f"trial {number}: killed, "
         f"{document['rows_resumed']} rows resumed, {document['rows_computed']} computed, same hash"
     )
 
@@ -104,7 +126,7 @@ def trial(bench: Bench, number: int, rng: random.Random) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_SECONDS = 1.0
 MAX_BYTES = 64 * 2**20
@@ -27,8 +27,16 @@ _BATCH = 500
 _HANG_SECONDS = 20.0
 
 
-def seed_files() -> list[tuple[bytes, dict[str, Any]]]:
-    """Small valid files of different layouts, with the dataset options they are read with."""
+class Seed(NamedTuple):
+    """A valid file, where its page headers begin, and the dataset options it is read with."""
+
+    data: bytes
+    places: list[int]
+    options: dict[str, Any]
+
+
+def seed_files() -> list[Seed]:
+    """Small valid files of different layouts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -38,17 +46,17 @@ def seed_files() -> list[tuple[bytes, dict[str, Any]]]:
     tables: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         (
             {"prompt": words, "id": list(range(60))},
-            {"compression": "none", "use_dictionary": False},
+            {"compression": "none", "use_dictionary": False, "store_schema": False},
             {},
         ),
         (
             {"prompt": words * 2, "id": [f"k{i}" for i in range(120)]},
-            {"compression": "snappy", "row_group_size": 25},
+            {"compression": "snappy", "row_group_size": 25, "store_schema": False},
             {},
         ),
         (
             {"messages": message, "seed": pa.array(range(60), pa.uint64())},
-            {"compression": "zstd", "data_page_version": "2.0"},
+            {"compression": "zstd", "data_page_version": "2.0", "store_schema": False},
             {"sampling_columns": ["seed"]},
         ),
         (
@@ -64,12 +72,12 @@ def seed_files() -> list[tuple[bytes, dict[str, Any]]]:
         (
             {
                 "prompt": words,
-                "price": pa.array(range(60)).cast(pa.decimal128(20, 2)),
+                "price": pa.array(range(60)).cast(pa.decimal128(24, 2)),
                 "when": pa.array(range(60), pa.timestamp("us", "UTC")),
                 "flags": pa.array([i % 3 == 0 for i in range(60)]),
                 "pairs": pa.array([[("k", i)] for i in range(60)], pa.map_("string", "int16")),
             },
-            {"compression": "snappy", "use_byte_stream_split": False, "store_schema": True},
+            {"compression": "snappy"},
             {},
         ),
     ]
@@ -77,43 +85,74 @@ def seed_files() -> list[tuple[bytes, dict[str, Any]]]:
     for columns, writing, reading in tables:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink, **writing)
-        found.append((sink.getvalue().to_pybytes(), reading))
+        metadata = pq.read_metadata(pa.BufferReader(sink.getvalue()))
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        offsets = [(chunk.data_page_offset, chunk.dictionary_page_offset) for chunk in chunks]
+        places = [offset for pair in offsets for offset in pair if offset]
+        found.append(Seed(sink.getvalue().to_pybytes(), places, reading))
     return found
 
 
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """The file with a few bytes changed, cut, repeated or moved; often in its footer."""
+def mutated(data: bytes, places: list[int], chance: random.Random) -> bytes:
+    """The file with a few bytes changed, cut, repeated or moved.
+
+    places: where page headers begin. Changes fall on the footer, on page headers, or anywhere;
+    some turn a number into a huge one (a long varint), with the footer's length put right.
+    """
     content = bytearray(data)
-    footer = max(0, len(content) - 8 - struct.unpack("<I", content[-8:-4])[0])
-    for _ in range(chance.choice((1, 1, 1, 2, 4, 16))):
-        low = footer if chance.random() < 0.6 else 4
-        at = chance.randrange(low, max(low + 1, len(content)))
-        kind = chance.random()
-        if kind < 0.7:
-            content[at : at + 1] = bytes([chance.choice((0, 1, 0x7F, 0x80, 0xFF, _byte(chance)))])
-        elif kind < 0.8:
-            content[at : at + 1] = bytes([content[min(at, len(content) - 1)] ^ 1 << chance.randrange(8)])
-        elif kind < 0.9:
-            end = min(len(content), at + chance.randrange(1, 12))
-            content[at:end] = chance.choice((b"", content[at:end] * 2, b"\xff" * (end - at)))
+    footer = len(content) - 8 - struct.unpack("<I", content[-8:-4])[0]
+    body = bytearray(content[:-8])
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        where = chance.random()
+        if where < 0.4:
+            at = chance.randrange(footer, len(body))
+        elif where < 0.8:
+            at = chance.choice(places) + chance.randrange(24)
         else:
-            source = chance.randrange(len(content))
-            piece = content[source : source + chance.randrange(1, 40)]
-            content[at : at + len(piece)] = piece
-    if chance.random() < 0.03:
-        del content[chance.randrange(len(content)) :]
-    return bytes(content)
+            at = chance.randrange(len(body))
+        _change(body, min(at, len(body) - 1), chance)
+    if chance.random() < 0.9:
+        tail = struct.pack("<I", max(0, len(body) - footer)) + b"PAR1"
+    else:
+        tail = bytes(content[-8:])
+    if chance.random() < 0.02:
+        del body[chance.randrange(len(body)) :]
+    return bytes(body) + tail
 
 
-def _byte(chance: random.Random) -> int:
-    return chance.randrange(256)
+def _change(body: bytearray, at: int, chance: random.Random) -> None:
+    kind = chance.random()
+    if kind < 0.35:
+        body[at] ^= 1 << chance.randrange(7)  # a varint keeps its length
+    elif kind < 0.6:
+        body[at] = chance.choice((0, 1, 2, 0x7F, 0x80, 0xFF, chance.randrange(256)))
+    elif kind < 0.8:
+        number = chance.choice(
+            (2**15, 2**24, 2**31 - 2, 2**32, 2**40, 2**63, chance.getrandbits(64))
+        )
+        body[at : at + 1] = _varint(number)
+    elif kind < 0.9:
+        end = at + chance.randrange(1, 12)
+        body[at:end] = chance.choice((b"", body[at:end] * 2, b"\xff" * (end - at)))
+    else:
+        source = chance.randrange(len(body))
+        piece = body[source : source + chance.randrange(1, 40)]
+        body[at : at + len(piece)] = piece
 
 
-def case(number: int, seeds: list[tuple[bytes, dict[str, Any]]]) -> tuple[bytes, dict[str, Any]]:
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number >= 0x80:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def case(number: int, seeds: list[Seed]) -> tuple[bytes, dict[str, Any]]:
     """The mutation of this number: the same bytes in every run and in every process."""
-    chance = random.Random(number)
-    data, options = seeds[number % len(seeds)]
-    return mutated(data, chance), options
+    seed = seeds[number % len(seeds)]
+    return mutated(seed.data, seed.places, random.Random(number)), seed.options
 
 
 def read_all(path: str, options: dict[str, Any]) -> int:
@@ -207,7 +246,7 @@ def _run_worker(start: int, end: int, directory: str, findings: Findings) -> int
     command = [sys.executable, __file__, "--worker", str(start), str(end), f"{directory}/x.parquet"]
     paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    current = start
+    current = -1
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as worker:
         assert worker.stdout is not None
         while True:
@@ -223,6 +262,7 @@ def _run_worker(start: int, end: int, directory: str, findings: Findings) -> int
             if "outcome" in found:
                 findings.add(found)
                 current = found["case"] + 1
+    assert current >= 0, f"the worker did not begin (exit code {worker.returncode})"
     if current < end:
         findings.bad.append(f"case {current}: the worker died with {worker.returncode}")
         return current + 1

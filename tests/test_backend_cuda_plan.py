@@ -1,14 +1,16 @@
 """What the CUDA backend decides without a GPU: memory plan, checksums, buckets, refusals."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from orcd_batch.backend.cuda.array import FP16, DeviceArray
-from orcd_batch.backend.cuda.checksum import BLOCK_BYTES, Hasher, checksum
+from orcd_batch.backend.cuda.checksum import ROW_BYTES, checksum, folded
 from orcd_batch.backend.cuda.device import Device, MemoryInfo, device_unavailable_reason
 from orcd_batch.backend.cuda.linear import bucket_of, buckets_up_to
 from orcd_batch.backend.cuda.plan import RESERVE_BYTES, ModelShape, plan_memory
@@ -43,29 +45,33 @@ def test_too_little_memory_names_needed_and_available_bytes(free: int) -> None:
         plan(free)
 
 
-@given(st.binary(max_size=200), st.integers(0, 3))
-def test_a_checksum_is_the_sum_of_its_pieces(tail: bytes, blocks: int) -> None:
-    rng = np.random.default_rng(len(tail))
-    data = np.concatenate(
-        [rng.integers(0, 256, blocks * BLOCK_BYTES, dtype=np.uint8), np.frombuffer(tail, np.uint8)]
-    )
-    hasher = Hasher()
-    pieces = [
-        hasher(data[start : start + BLOCK_BYTES], start // BLOCK_BYTES)
-        for start in range(0, data.size, BLOCK_BYTES)
-    ]
-    assert checksum(data) == sum(pieces) % 2**64
+def chunk_checksum(data: NDArray[np.uint8]) -> int:
+    return checksum(folded(data).view(np.uint8))
 
 
+def random_bytes(size: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("digest", [checksum, chunk_checksum])
 @given(st.integers(0, 8 * 5000 - 1), st.integers(0, 8 * 5000 - 1), st.integers(0, 7))
-def test_a_checksum_notices_one_or_two_flipped_bits(first: int, second: int, bit: int) -> None:
-    data = np.random.default_rng(1).integers(0, 256, 8 * 5000, dtype=np.uint8)
-    expected = checksum(data)
+def test_a_checksum_notices_one_or_two_flipped_bits(
+    digest: Callable[[NDArray[np.uint8]], int], first: int, second: int, bit: int
+) -> None:
+    data = random_bytes(8 * 5000)
+    expected = digest(data)
     data[first] ^= 1 << bit
-    assert checksum(data) != expected
+    assert digest(data) != expected
     if second != first:
         data[second] ^= 1 << bit
-        assert checksum(data) != expected
+        assert digest(data) != expected
+
+
+def test_a_checksum_notices_pieces_that_changed_places() -> None:
+    data = random_bytes(2 * ROW_BYTES)
+    swapped = np.concatenate([data[ROW_BYTES:], data[:ROW_BYTES]])
+    assert chunk_checksum(data) != chunk_checksum(swapped)
+    assert checksum(data) != checksum(swapped)
 
 
 @given(st.integers(1, 40_000))

@@ -252,5 +252,5 @@ def _softmax_numerators(
     """Scores (n, columns, Hkv, t * G, 64) become exp(score - max over visible), hidden ones 0."""
     by_token = weights.reshape(*weights.shape[:3], tokens, group_size, BLOCK_SIZE)
     np.copyto(by_token, np.float32(-np.inf), where=hidden)
-    weights -= weights.max(axis=4, keepdims=True).max(axis=1, keepdims=True)
+    weights -= weights.max(axis=1, keepdims=True).max(axis=4, keepdims=True)
     np.exp(weights, out=weights)

@@ -29,6 +29,9 @@ _UNPACKED_LIMIT = 1_000_000
 _UNPACKED_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
 # Tiles of one group share one pass over the weight; this bounds the group's work arrays.
 _MAX_GROUP_ROWS = 256
+_TASKS_PER_THREAD = 2
+# Multiply-adds that take about as long as waking another thread.
+_SMALL_PRODUCT = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +162,11 @@ def _linear_group(
 
 
 def _shares(
-    out: Floats, tiles: Floats, rows: Floats, shape: TileShape, num_panels: int, num_shares: int
+    out: Floats, tiles: Floats, rows: Floats, shape: TileShape, num_panels: int, num_threads: int
 ) -> list[Task]:
-    """One task per thread, each with a run of neighbouring panels."""
+    """A few tasks per thread, each with a run of neighbouring panels; one where it is small."""
+    is_small = out.size * rows.shape[1] < _SMALL_PRODUCT
+    num_shares = 1 if is_small or num_threads == 1 else _TASKS_PER_THREAD * num_threads
     num_shares = min(num_shares, num_panels)
     borders = [num_panels * i // num_shares * shape.panel_rows for i in range(num_shares + 1)]
 

@@ -20,8 +20,15 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class PlacedBatch(Batch):
-    """A batch with its attention groups by (sliding window, query shape), made once per step."""
+    """A batch with what every layer needs of it, made once per step.
 
+    blocks, offsets: (T,), where each token's keys and values go. begun: the blocks among them
+    whose first position is written. groups: attention groups by (sliding window, query shape).
+    """
+
+    blocks: Ints
+    offsets: Ints
+    begun: Ints
     groups: dict[tuple[int, ...], list[Group]] = field(default_factory=dict)
 
 
@@ -95,7 +102,9 @@ class NumpyOps:
     def place(self, batch: Batch) -> PlacedBatch:
         if self._closed:
             raise ClosedError("This model was closed; load it again to use it.")
-        return PlacedBatch(**{name: getattr(batch, name) for name in Batch.__slots__})
+        blocks, offsets = np.divmod(batch.slot_mapping, BLOCK_SIZE)
+        arrays = {name: getattr(batch, name) for name in Batch.__slots__}
+        return PlacedBatch(**arrays, blocks=blocks, offsets=offsets, begun=blocks[offsets == 0])
 
     def embedding(self, token_ids: Ints, token_embd: PanelWeight) -> Floats:
         return token_embd.rows[token_ids]
@@ -120,19 +129,17 @@ class NumpyOps:
     def rope_and_cache(
         self, qkv: Floats, bias: Floats, rope_table: Floats, cache: KVCache, batch: Batch
     ) -> Floats:
-        num_tokens = len(qkv)
+        assert isinstance(batch, PlacedBatch), "rope_and_cache needs a batch from place()"
         _, num_kv_heads, _, head_dim = cache.keys.shape
-        heads = (qkv + bias).reshape(num_tokens, -1, head_dim)
+        heads = (qkv + bias).reshape(len(qkv), -1, head_dim)
         num_rotated = heads.shape[1] - num_kv_heads
         rotated = _rotate_halves(heads[:, :num_rotated], rope_table[batch.positions])
-        block, offset = batch.slot_mapping // BLOCK_SIZE, batch.slot_mapping % BLOCK_SIZE
-        begun = block[offset == 0]
-        if begun.size:
-            cache.keys[begun] = 0.0
-            cache.values[begun] = 0.0
+        if batch.begun.size:
+            cache.keys[batch.begun] = 0.0
+            cache.values[batch.begun] = 0.0
         num_heads = num_rotated - num_kv_heads
-        cache.keys[block, :, offset] = rotated[:, num_heads:]
-        cache.values[block, :, offset] = heads[:, num_rotated:]
+        cache.keys[batch.blocks, :, batch.offsets] = rotated[:, num_heads:]
+        cache.values[batch.blocks, :, batch.offsets] = heads[:, num_rotated:]
         return np.ascontiguousarray(rotated[:, :num_heads])
 
     def attention(self, q: Floats, cache: KVCache, batch: Batch, sliding_window: int) -> Floats:

@@ -71,7 +71,8 @@ def sample_row(raw: Floats, batch: SampleBatch, row: int) -> RowResult:
         return 0, 0.0, 0.0, 0, False
     best = int(raw.argmax())
     token = choose_token(raw, batch, row, best)
-    shifted = raw - raw[best]
+    with np.errstate(over="ignore"):
+        shifted = raw - raw[best]
     logprob = float(shifted[token]) - math.log(np.exp(shifted).sum(dtype=np.float64))
     return token, logprob, _margin(raw, best), fingerprint, True
 

@@ -1,16 +1,16 @@
 """Persistent threads that share out a step's work, and BLAS held to one thread per call."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
 
 Task = Callable[[], object]
-_Outbox = SimpleQueue[BaseException | None]
 
 
 def available_cpus() -> int:
@@ -20,63 +20,80 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
+class _Job:
+    """Tasks that any number of threads take from until none is left."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self._todo = deque(tasks)
+        self._num_unfinished = len(self._todo)
+        self._lock, self._all_finished = Lock(), Lock()
+        self._all_finished.acquire()
+        self._failure: BaseException | None = None
+
+    def work(self) -> None:
+        # Infinities and NaN are found in the logits; numpy's warnings on the way are only noise.
+        with np.errstate(all="ignore"):
+            while True:
+                try:
+                    task = self._todo.popleft()
+                except IndexError:
+                    return
+                try:
+                    task()
+                except BaseException as failure:
+                    self._failure = failure
+                self._finish_one()
+
+    def wait(self) -> None:
+        """Returns when every task has ended; raises a failure of any of them."""
+        self._all_finished.acquire()
+        if self._failure is not None:
+            raise self._failure
+
+    def _finish_one(self) -> None:
+        with self._lock:
+            self._num_unfinished -= 1
+            if self._num_unfinished == 0:
+                self._all_finished.release()
+
+
 class Workers:
     """Runs lists of tasks on the calling thread and `num_threads - 1` others.
 
     Numpy releases the GIL inside its loops, so tasks that spend their time there run in parallel.
-    Which thread runs a task never matters to its result: tasks write to disjoint arrays.
+    A thread that wakes up late, or has a busy CPU, simply takes fewer tasks. Which thread runs a
+    task never matters to its result: tasks write to disjoint arrays.
     """
 
     def __init__(self, num_threads: int = 0) -> None:
         self.num_threads = num_threads or available_cpus()
-        self._inboxes: list[SimpleQueue[tuple[Sequence[Task], _Outbox] | None]] = []
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         for index in range(1, self.num_threads):
-            inbox: SimpleQueue[tuple[Sequence[Task], _Outbox] | None] = SimpleQueue()
-            thread = Thread(target=_serve, args=(inbox,), name=f"orcd-numpy-{index}", daemon=True)
-            thread.start()
-            self._inboxes.append(inbox)
+            Thread(
+                target=_serve, args=(self._jobs,), name=f"orcd-numpy-{index}", daemon=True
+            ).start()
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Runs every task once and returns when all are done; raises the first failure."""
-        stride = min(len(tasks), self.num_threads)
-        if stride <= 1:
-            _run_all(tasks)
+        """Runs every task once and returns when all have ended; raises a failure of any."""
+        if not tasks:
             return
-        outbox: _Outbox = SimpleQueue()
-        for index in range(1, stride):
-            self._inboxes[index - 1].put((tasks[index::stride], outbox))
-        failures: list[BaseException | None] = []
-        try:
-            _run_all(tasks[::stride])
-        finally:
-            failures.extend(outbox.get() for _ in range(1, stride))
-        for failure in failures:
-            if failure is not None:
-                raise failure
+        job = _Job(tasks)
+        for _ in range(min(self.num_threads, len(tasks)) - 1):
+            self._jobs.put(job)
+        job.work()
+        job.wait()
 
     def close(self) -> None:
         """Ends the threads; `run` then works on the calling thread alone."""
-        for inbox in self._inboxes:
-            inbox.put(None)
-        self._inboxes, self.num_threads = [], 1
+        for _ in range(1, self.num_threads):
+            self._jobs.put(None)
+        self.num_threads = 1
 
 
-def _serve(inbox: SimpleQueue[tuple[Sequence[Task], _Outbox] | None]) -> None:
-    while (job := inbox.get()) is not None:
-        tasks, outbox = job
-        try:
-            _run_all(tasks)
-        except BaseException as failure:
-            outbox.put(failure)
-        else:
-            outbox.put(None)
-
-
-def _run_all(tasks: Sequence[Task]) -> None:
-    # Infinities and NaN are found in the logits; numpy's warnings on the way would only be noise.
-    with np.errstate(all="ignore"):
-        for task in tasks:
-            task()
+def _serve(jobs: "SimpleQueue[_Job | None]") -> None:
+    while (job := jobs.get()) is not None:
+        job.work()
+        del job
 
 
 def limit_blas_to_one_thread() -> tuple[Any, str]:

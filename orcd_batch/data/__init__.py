@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orcd_batch.data.columns import DatasetOptions
     from orcd_batch.data.dataset import InputDataset, InputRow
+    from orcd_batch.data.first_rows import preview
     from orcd_batch.data.manifest import read_manifest
     from orcd_batch.data.part_store import PartStore
-    from orcd_batch.data.first_rows import preview
     from orcd_batch.data.results import SampleResult
 
 __all__ = [

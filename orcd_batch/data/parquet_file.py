@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orcd_batch.data.location import Location, reported_as
+from orcd_batch.data.parquet_claims import ColumnChunk, check_pages, column_chunks
 from orcd_batch.errors import InputError
 
 # Batches aim at this many bytes, so that a job's memory does not depend on the size of its rows.
@@ -24,12 +25,12 @@ class ParquetInput:
 
     def __init__(self, location: Location) -> None:
         self.location = location
-        self._file_size = 0
+        self._chunks: list[list[ColumnChunk]] | None = None
         with reported_as(InputError, f"{location} cannot be read as Parquet"):
-            source = location.open()
-            footer_size = self._check_frame(source)
+            self._source = location.open()
+            footer_size = self._check_frame(self._source)
             self._parquet = pq.ParquetFile(
-                source,
+                self._source,
                 buffer_size=2**20,
                 pre_buffer=False,
                 thrift_string_size_limit=footer_size,
@@ -57,6 +58,7 @@ class ParquetInput:
         where = f"Row group {row_group} of {self.location}"
         num_rows = 0
         with reported_as(InputError, f"{where} cannot be read"):
+            self._check_pages(row_group, columns)
             size = self._batch_size(row_group)
             reader = self._parquet.iter_batches(size, [row_group], list(columns))
         while True:
@@ -79,21 +81,32 @@ class ParquetInput:
         self._parquet.close(force=True)
 
     def _check_frame(self, source: Any) -> int:
-        self._file_size = source.size()
-        if self._file_size < 12:
-            raise ValueError(f"it has {self._file_size} bytes, less than an empty Parquet file")
-        source.seek(self._file_size - 8)
-        footer_size, magic = struct.unpack("<I4s", source.read(8))
+        """The size of the footer's metadata in bytes."""
+        file_size = source.size()
+        if file_size < 12:
+            raise ValueError(f"it has {file_size} bytes, less than an empty Parquet file")
+        footer_size, magic = struct.unpack("<I4s", source.read_at(8, file_size - 8))
         if magic == b"PARE":
             raise ValueError("it is encrypted: decrypt it first")
         if magic != _MAGIC:
             raise ValueError("it does not end with the Parquet magic bytes")
-        if footer_size > self._file_size - 12:
-            raise ValueError(
-                f"its footer claims {footer_size} bytes of a file of {self._file_size}"
-            )
-        source.seek(0)
-        return max(int(footer_size), 1)
+        if not 0 < footer_size <= file_size - 12:
+            raise ValueError(f"its footer claims {footer_size} bytes of a file of {file_size}")
+        return int(footer_size)
+
+    def _check_pages(self, row_group: int, columns: Sequence[str]) -> None:
+        """Local files only: on an object store it would take a request per page."""
+        if not self.location.local:
+            return
+        if self._chunks is None:
+            file_size = self._source.size()
+            (footer_size,) = struct.unpack("<I", self._source.read_at(4, file_size - 8))
+            footer = self._source.read_at(footer_size, file_size - 8 - footer_size)
+            self._chunks = column_chunks(footer, file_size)
+        if len(self._chunks) != len(self._row_group_sizes):
+            raise ValueError(f"its footer lists {len(self._chunks)} row groups")
+        wanted = set(columns)
+        check_pages(self._source, [c for c in self._chunks[row_group] if c.column in wanted])
 
     def _check_row_counts(self) -> None:
         metadata = self.metadata
@@ -109,23 +122,7 @@ class ParquetInput:
             )
 
     def _batch_size(self, row_group: int) -> int:
-        """Rows per batch; checks that the row group's column chunks lie inside the file."""
-        group = self.metadata.row_group(row_group)
-        total_bytes: int = 0
-        for i in range(group.num_columns):
-            chunk = group.column(i)
-            start = chunk.data_page_offset
-            if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-                start = min(start, chunk.dictionary_page_offset)
-            size = chunk.total_compressed_size
-            if start < len(_MAGIC) or size < 0 or start + size > self._file_size - 8:
-                raise ValueError(
-                    f"column {chunk.path_in_schema} claims bytes {start} to {start + size} "
-                    f"of a file of {self._file_size}"
-                )
-            if chunk.num_values < 0 or chunk.total_uncompressed_size < 0:
-                raise ValueError(f"column {chunk.path_in_schema} claims a negative size")
-            total_bytes += chunk.total_uncompressed_size
+        total_bytes = self.metadata.row_group(row_group).total_byte_size
         row_bytes = max(1, total_bytes // max(1, self._row_group_sizes[row_group]))
         return int(max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes)))
 

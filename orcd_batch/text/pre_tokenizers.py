@@ -91,7 +91,6 @@ _FAMILIES: dict[str, PreTokenizer] = {
     "gpt-4o llama4 kanana2 minimax-m2": (
         PreTokenizer((_cased(f"(?:{_CONTRACTION})?", r"\p{N}{1,3}"),))
     ),
-    "superbpe": PreTokenizer((r"\p{N}+", r"[0-9]{1,3}(?=(?:[0-9]{3})*(?![0-9]))")),
     "falcon": PreTokenizer((r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]")),
     "bloom gpt3-finnish poro-chat": PreTokenizer((_BLOOM,)),
     "viking": PreTokenizer((_BLOOM, r"\p{N}")),

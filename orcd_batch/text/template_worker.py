@@ -24,6 +24,7 @@ import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
@@ -31,8 +32,8 @@ LENGTH = Struct("<I")
 _WALL_TIMES_CPU = 20
 _MAX_MESSAGE = 300
 _WARM_UP = r"""{%- set x = namespace(a='\u00e9\N{DIGIT ONE}') -%}
-{%- generation -%}{%- for y in [x.a] -%}{{ y|tojson|pprint|wordwrap|trim }}{{ strftime_now('%d %b %Y') }}
-{%- continue -%}{%- endfor -%}{%- endgeneration -%}{{ x.a.b.c }}"""
+{%- generation -%}{%- for y in [x.a] -%}{{ y|tojson|pprint|wordwrap|trim }}
+{{- strftime_now('%d %b %Y') }}{%- continue -%}{%- endfor -%}{%- endgeneration -%}{{ x.a.b.c }}"""
 
 
 def main() -> None:
@@ -99,6 +100,8 @@ def _compile(settings: dict[str, Any], template: list[jinja2.Template]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
+        optimized=False,
+        finalize=_as_it_is,
     )
     del environment.globals["lipsum"], environment.filters["random"]
     today = date.fromisoformat(settings["date"])
@@ -108,6 +111,15 @@ def _compile(settings: dict[str, Any], template: list[jinja2.Template]) -> str:
     environment.globals["namespace"] = _Namespace
     template.append(environment.from_string(settings["source"]))
     return ""
+
+
+@jinja2.pass_context
+def _as_it_is(context: jinja2.runtime.Context, value: object) -> object:
+    """Wants the context, so that jinja2 cannot compute constant expressions while it compiles.
+
+    Such an expression then harms only the rows that come across it.
+    """
+    return value
 
 
 class _Generation(jinja2.ext.Extension):

@@ -126,8 +126,10 @@ def test_attention_does_not_depend_on_how_it_is_laid_out(
 
     problem = attention_problem(14, 2, 64, [(900, 1), (400, 400), (65, 1), (2000, 1)])
     whole = attend(ops, problem)
-    monkeypatch.setattr(layout, "MAX_WARPS", warps)
-    monkeypatch.setattr(layout, "NUM_STAGES", stages)
+    monkeypatch.setattr(layout, "MAX_DECODE_WARPS", warps)
+    monkeypatch.setattr(layout, "DECODE_STAGES", stages)
+    monkeypatch.setattr(layout, "PREFILL_WARPS", warps)
+    monkeypatch.setattr(layout, "PREFILL_STAGES", stages)
     monkeypatch.setattr(ops.device, "sm_count", sm_count)
     np.testing.assert_array_equal(attend(ops, problem), whole)
 
@@ -141,7 +143,7 @@ def test_attention_does_not_depend_on_the_row_tiles_of_a_warp(
     np.testing.assert_array_equal(attend(ops, problem), whole)
 
 
-def test_attention_repeats_itself_and_leaves_its_counters_clear(ops: Any) -> None:
+def test_attention_repeats_itself(ops: Any) -> None:
     problem = attention_problem(9, 3, 64, [(3000, 1), (800, 30), (257, 1)])
     whole = attend(ops, problem)
     for _ in range(10):

@@ -129,7 +129,7 @@ def test_bytes_that_change_on_the_way_are_noticed(
 
     fill = transfer._Slot.fill
 
-    def damaged(slot: Any, data: NDArray[np.uint8]) -> int:
+    def damaged(slot: Any, data: NDArray[np.uint8]) -> NDArray[np.uint64]:
         expected = fill(slot, data)
         slot.pinned.bytes[1234] ^= 0x80
         return expected
@@ -156,7 +156,7 @@ def test_a_reader_that_fails_half_way_frees_everything(
 ) -> None:
     from orcd_batch.backend.cuda import transfer
 
-    def failing(slot: Any, data: NDArray[np.uint8]) -> int:
+    def failing(slot: Any, data: NDArray[np.uint8]) -> NDArray[np.uint64]:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(transfer._Slot, "fill", failing)
@@ -171,12 +171,14 @@ def test_a_model_larger_than_the_card_names_needed_and_available_bytes(loading: 
         loading.device.allocate(1 << 50, "weights")
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 4096 * 8, 4096 * 8 + 3, 1_000_003])
-def test_the_checksum_is_the_same_on_both_sides(ops: Any, size: int) -> None:
-    from orcd_batch.backend.cuda.checksum import checksum
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 4096 * 8, 4096 * 8 + 3, 1_000_003, 1 << 23])
+def test_checksums_are_the_same_on_both_sides(ops: Any, size: int) -> None:
+    from orcd_batch.backend.cuda.checksum import MAX_ROWS, ROW_WORDS, checksum, folded
 
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     (placed,) = ops.staging.place("checksum_test", [data])
-    (out,) = ops.staging.place("checksum_out", [np.zeros(1, np.uint64)])
+    (out,) = ops.staging.place("checksum_out", [np.zeros(ROW_WORDS + MAX_ROWS, np.uint64)])
     ops.kernels.launch(ops.kernels.get("checksum"), 264, 256, [placed, np.uint64(size), out])
     assert int(ops.staging.fetch(out)[0]) == checksum(data)
+    ops.kernels.launch(ops.kernels.get("fold"), 16 + MAX_ROWS, 256, [placed, np.uint64(size), out])
+    np.testing.assert_array_equal(ops.staging.fetch(out), folded(data))

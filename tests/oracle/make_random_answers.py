@@ -99,7 +99,6 @@ def make(case: Case, folder: Path) -> str:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             print(make(case, Path(folder)))

@@ -37,7 +37,6 @@ def text_log_probs(model: PreTrainedModel, ids: list[int]) -> np.ndarray:
 
 
 def main(path: Path) -> None:
-    torch.set_num_threads(2)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"

@@ -13,8 +13,14 @@ SPLIT_TILES = 4
 MMA_ROWS = 16
 
 MAX_HEAD_DIM = 128
-MAX_WARPS = 4
-NUM_STAGES = 2
+DECODE, PREFILL, MERGE = range(3)  # the kernel's KIND
+
+# Stages of one tile that a decode warp keeps under way, and the most warps of a block.
+DECODE_STAGES = 4
+MAX_DECODE_WARPS = 4
+PREFILL_STAGES = 2
+PREFILL_WARPS = 4
+MERGE_WARPS = 4
 
 _WARP = 32
 # The decode kernel's running sum has one int a warp in static shared memory, and alignment.
@@ -28,9 +34,10 @@ class AttentionShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    is_prefill: bool
+    kind: int
     num_warps: int
     row_tiles: int
+    num_stages: int
     shared_bytes: int
 
     @property
@@ -39,10 +46,10 @@ class AttentionShape:
             "NUM_HEADS": self.num_heads,
             "NUM_KV_HEADS": self.num_kv_heads,
             "HEAD_DIM": self.head_dim,
-            "PREFILL": int(self.is_prefill),
+            "KIND": self.kind,
             "WARPS": self.num_warps,
             "ROW_TILES": self.row_tiles,
-            "STAGES": NUM_STAGES,
+            "STAGES": self.num_stages,
         }
 
     @property
@@ -64,14 +71,14 @@ class AttentionShape:
         return num_tokens * self.group // rows + num_seqs
 
     def partial_floats(self, num_seqs: int, max_blocks: int) -> int:
-        """Decode: room for every split's output, maximum and sum."""
+        """Room for every split's output, maximum and sum."""
         splits = num_seqs * -(-max_blocks // SPLIT_TILES)
         rows = min(self.group, MMA_ROWS)
         return splits * self._units * rows * (self.head_dim + 2)
 
-    def num_counters(self, num_seqs: int) -> int:
-        """Decode: one for each sequence, KV head and tile of its rows."""
-        return num_seqs * self._units
+    def num_merge_blocks(self, num_seqs: int) -> int:
+        """Merge: a warp for each sequence and head."""
+        return -(-num_seqs * self.num_heads // self.num_warps)
 
     @property
     def _units(self) -> int:
@@ -98,17 +105,27 @@ def decode_shape(
     """One query per sequence: as many warps, each with its own stages, as shared memory holds."""
     _check_heads(num_heads, num_kv_heads, head_dim)
     lists = 4 * (2 * num_seqs + 1)
-    warp_bytes = NUM_STAGES * _stage_bytes(head_dim)
+    warp_bytes = DECODE_STAGES * _stage_bytes(head_dim)
     room = device.max_shared_memory - _STATIC_SHARED_BYTES - lists
-    num_warps = min(MAX_WARPS, room // warp_bytes)
-    if num_warps < 1:
+    num_stages = DECODE_STAGES
+    if room < warp_bytes:
+        num_stages = room // _stage_bytes(head_dim)
+        warp_bytes = num_stages * _stage_bytes(head_dim)
+    if num_stages < 2:
         raise DeviceError(
-            f"Attention over {num_seqs} sequences needs {warp_bytes + lists:,} bytes of shared "
-            f"memory and {device.name} has {device.max_shared_memory:,}; lower "
+            f"Attention over {num_seqs} sequences needs {2 * _stage_bytes(head_dim) + lists:,} "
+            f"bytes of shared memory and {device.name} has {device.max_shared_memory:,}; lower "
             "engine.max_num_seqs."
         )
+    num_warps = min(MAX_DECODE_WARPS, room // warp_bytes)
     shared_bytes = num_warps * warp_bytes + lists
-    return AttentionShape(num_heads, num_kv_heads, head_dim, False, num_warps, 1, shared_bytes)
+    heads = (num_heads, num_kv_heads, head_dim)
+    return AttentionShape(*heads, DECODE, num_warps, 1, num_stages, shared_bytes)
+
+
+def merge_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionShape:
+    """Puts a decode query's splits together."""
+    return AttentionShape(num_heads, num_kv_heads, head_dim, MERGE, MERGE_WARPS, 1, 2, 0)
 
 
 def prefill_shape(
@@ -117,13 +134,12 @@ def prefill_shape(
     """Several queries per sequence: two row tiles a warp where registers and memory allow."""
     _check_heads(num_heads, num_kv_heads, head_dim)
     for row_tiles in (2, 1) if head_dim <= 96 else (1,):
-        parked = MAX_WARPS * row_tiles * (head_dim // 8 + 1) * _WARP * 16
-        shared_bytes = NUM_STAGES * _stage_bytes(head_dim) + parked
+        parked = PREFILL_WARPS * row_tiles * (head_dim // 8 + 1) * _WARP * 16
+        shared_bytes = PREFILL_STAGES * _stage_bytes(head_dim) + parked
         if shared_bytes <= device.max_shared_memory:
             break
-    return AttentionShape(
-        num_heads, num_kv_heads, head_dim, True, MAX_WARPS, row_tiles, shared_bytes
-    )
+    heads = (num_heads, num_kv_heads, head_dim)
+    return AttentionShape(*heads, PREFILL, PREFILL_WARPS, row_tiles, PREFILL_STAGES, shared_bytes)
 
 
 def _stage_bytes(head_dim: int) -> int:

@@ -1,21 +1,21 @@
-"""A 64-bit hash of bytes that numpy and the GPU compute alike (kernels/checksum.cu).
+"""Checksums that numpy and the GPU compute alike: they detect damage in transfer, not forgery.
 
-Multilinear hashing (Carter and Wegman, 1979) with SplitMix64 keys (Steele, Lea and Flood, 2014):
-it detects damage in transfer, not forgery.
+`multilinear` (kernels/checksum.cu) is strong and slow on the host. A chunk on its way is first
+folded into its column and row sums (kernels/fold.cu), which numpy forms as fast as it copies; the
+chunk's checksum is the multilinear hash of those. Any one or two changed words show.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_WORDS = 4096
-BLOCK_BYTES = 8 * BLOCK_WORDS
-
-# What is read at a time: it should stay in a core's own cache from the copy to the hash.
-PIECE_BYTES = 16 * BLOCK_BYTES
+ROW_WORDS = 4096
+ROW_BYTES = 8 * ROW_WORDS
+MAX_ROWS = 256
+MAX_CHUNK_BYTES = MAX_ROWS * ROW_BYTES
 
 
 def splitmix_keys(start: int, count: int) -> NDArray[np.uint64]:
-    """The odd 64-bit keys of indices start … start + count - 1."""
+    """Odd 64-bit keys of indices start … start + count - 1 (Steele, Lea and Flood, 2014)."""
     index = np.arange(start + 1, start + count + 1, dtype=np.uint64)
     z = index * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -23,43 +23,44 @@ def splitmix_keys(start: int, count: int) -> NDArray[np.uint64]:
     return (z ^ (z >> np.uint64(31))) | np.uint64(1)
 
 
-class Hasher:
-    """Hashes without allocating: for one thread at a time."""
+class Multilinear:
+    """The hash of so many words (Carter and Wegman, 1979), its keys worked out once."""
 
-    def __init__(self) -> None:
-        self._high = np.empty((PIECE_BYTES // BLOCK_BYTES, BLOCK_WORDS), np.uint64)
-        self._keys = splitmix_keys(0, 2 * BLOCK_WORDS)
-        self._low_keys = np.ascontiguousarray(self._keys[0::2])
-        self._high_keys = np.ascontiguousarray(self._keys[1::2])
+    def __init__(self, num_words: int) -> None:
+        index = np.arange(num_words)
+        outer = splitmix_keys(2 * ROW_WORDS, -(-num_words // ROW_WORDS))[index // ROW_WORDS]
+        inner = splitmix_keys(0, 2 * ROW_WORDS)
+        self._low_keys = inner[2 * (index % ROW_WORDS)] * outer
+        self._high_keys = inner[2 * (index % ROW_WORDS) + 1] * outer
 
-    def __call__(self, piece: NDArray[np.uint8], first_block: int = 0) -> int:
-        """The hash of at most PIECE_BYTES as they count from block `first_block` on.
-
-        The hash of a whole is the sum, modulo 2**64, of the hashes of pieces that start at
-        multiples of BLOCK_BYTES.
-        """
-        padding = -piece.nbytes % 8
-        if padding:
-            piece = np.concatenate([piece, np.zeros(padding, np.uint8)])
-        words = np.frombuffer(piece, np.uint64)
-        whole = words.size // BLOCK_WORDS
-        total = self._blocks(words[: whole * BLOCK_WORDS].reshape(whole, BLOCK_WORDS), first_block)
-        rest = words[None, whole * BLOCK_WORDS :]
-        return (total + self._blocks(rest, first_block + whole)) % 2**64
-
-    def _blocks(self, words: NDArray[np.uint64], first_block: int) -> int:
-        count, width = words.shape
-        if not words.size:
-            return 0
-        high = np.right_shift(words, np.uint64(32), out=self._high[:count, :width])
-        inner = np.dot(words, self._low_keys[:width])
-        inner += np.dot(high, self._high_keys[:width])
-        return int(np.dot(inner, splitmix_keys(2 * BLOCK_WORDS + first_block, count)))
+    def __call__(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """(n, num_words) -> (n,). The second term keeps flips of the top bit from cancelling."""
+        high = words >> np.uint64(32)
+        hashes: NDArray[np.uint64] = np.dot(words, self._low_keys)
+        hashes += np.dot(high, self._high_keys)
+        return hashes
 
 
 def checksum(data: NDArray[np.uint8]) -> int:
-    """The hash of `data`, of any length."""
-    hasher = Hasher()
-    starts = range(0, data.nbytes, PIECE_BYTES)
-    pieces = (hasher(data[i : i + PIECE_BYTES], i // BLOCK_BYTES) for i in starts)
-    return sum(pieces) % 2**64
+    """The multilinear hash of bytes, read as little-endian words and padded with zeros."""
+    words = _padded(data, 8)
+    return int(Multilinear(words.size)(words[None, :])[0])
+
+
+def folded(chunk: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Column sums (ROW_WORDS,) then row sums (MAX_ROWS,) of at most MAX_CHUNK_BYTES.
+
+    Few and large numpy calls: each gives up the interpreter lock and has to win it back.
+    """
+    words = _padded(chunk, ROW_BYTES).reshape(-1, ROW_WORDS)
+    sums = np.zeros(ROW_WORDS + MAX_ROWS, np.uint64)
+    sums[:ROW_WORDS] = np.add.reduce(words, axis=0)
+    sums[ROW_WORDS : ROW_WORDS + len(words)] = np.add.reduce(words, axis=1)
+    return sums
+
+
+def _padded(data: NDArray[np.uint8], multiple: int) -> NDArray[np.uint64]:
+    padding = -data.nbytes % multiple
+    if padding:
+        data = np.concatenate([data, np.zeros(padding, np.uint8)])
+    return np.frombuffer(data, np.uint64)

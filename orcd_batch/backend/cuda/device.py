@@ -59,7 +59,8 @@ class Device:
         self.arch = "sm_{}{}".format(*self.compute_capability)
         self.sm_count: int = properties.multiprocessor_count
         self.max_shared_memory: int = properties.max_shared_memory_per_block_optin
-        self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
+        self.cuda_version = f"{version // 1000}.{version % 1000 // 10}"
+        self.driver_version = _kernel_driver_version(core) or self.cuda_version
         if self.compute_capability < MIN_COMPUTE_CAPABILITY:
             raise DeviceError(
                 f"{self.name} is {self.arch} and the kernels need sm_80 or later; use engine=numpy."
@@ -88,6 +89,10 @@ class Device:
         buffer = Buffer(int(pointer), size, use)
         self._buffers[buffer.ptr] = buffer
         return buffer
+
+    def fill(self, ptr: int, num_bytes: int, value: int = 0) -> None:
+        """Queues setting every byte to `value`."""
+        call(self._driver.cuMemsetD8Async(ptr, value, num_bytes, self.stream.handle))
 
     def free(self, buffer: Buffer) -> None:
         """Gives one buffer back, once everything queued on the GPU has run."""
@@ -169,6 +174,14 @@ def _import_cuda() -> tuple[Any, Any]:
 
 def _driver_version(driver: Any) -> int:
     return int(call(driver.cuDriverGetVersion()))
+
+
+def _kernel_driver_version(core: Any) -> str | None:
+    """Such as "580.159.4"; None where the management library (NVML) is missing."""
+    try:
+        return ".".join(str(part) for part in core.system.get_kernel_mode_driver_version())
+    except Exception:
+        return None
 
 
 def _check_driver(version: int) -> None:

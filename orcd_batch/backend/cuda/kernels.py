@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
-from orcd_batch.backend.cuda.attention import decode_shape, prefill_shape
+from orcd_batch.backend.cuda.attention import (
+    SPLIT_TILES,
+    AttentionShape,
+    decode_shape,
+    merge_shape,
+    prefill_shape,
+)
 from orcd_batch.backend.cuda.device import Device
-from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.plan import FP16_BYTES, FP32_BYTES, ModelShape
 from orcd_batch.backend.cuda.program import Kernels, int32
 from orcd_batch.backend.cuda.sampling import Sampling
@@ -42,8 +47,6 @@ class ForwardKernels:
     kernels: Kernels
     workspace: Workspace
     staging: Staging
-    # The attention counters that have been cleared: (address, bytes).
-    _cleared: tuple[int, int] = (0, 0)
 
     def reserve_buffers(
         self, shape: ModelShape, max_tokens: int, max_seqs: int
@@ -60,7 +63,6 @@ class ForwardKernels:
             "q": max_tokens * heads * FP16_BYTES,
             "attention": max_tokens * heads * FP16_BYTES,
             "attention_partials": decode.partial_floats(max_seqs, max_blocks) * FP32_BYTES,
-            "attention_counters": decode.num_counters(max_seqs) * 4,
             "swiglu": max_tokens * shape.intermediate_size * FP16_BYTES,
             "rows": max_seqs * shape.hidden_size * FP32_BYTES,
             **Sampling.buffers(shape.vocab_size, shape.max_model_len, max_seqs),
@@ -128,29 +130,25 @@ class ForwardKernels:
         num_kv_heads = cache.keys.shape[1]
         num_seqs, max_blocks = batch.block_tables.shape
         out = self.workspace.take("attention", (num_tokens, num_heads * head_dim), FP16)
-        args = (
-            *(q, cache.keys, cache.values),
-            *(batch.query_start, batch.context_lens, batch.block_tables, out),
+        heads = (num_heads, num_kv_heads, head_dim)
+        sequences = (batch.query_start, batch.context_lens)
+        sizes = (
             *(int32(num_seqs), int32(max_blocks), int32(sliding_window or _UNLIMITED)),
             np.float32(math.log2(math.e) / math.sqrt(head_dim)),
         )
-        decode = decode_shape(self.device, num_heads, num_kv_heads, head_dim, num_seqs)
+        args = (q, cache.keys, cache.values, *sequences, batch.block_tables, out, *sizes)
+        decode = decode_shape(self.device, *heads, num_seqs)
         num_floats = decode.partial_floats(num_seqs, max_blocks)
         partials = self.workspace.take("attention_partials", (num_floats,), FP32)
-        counters = self._counters(decode.num_counters(num_seqs))
-        self._run(
-            "attention",
-            decode.defines,
-            self.device.sm_count,
-            decode.threads,
-            (*args, partials, counters),
-            decode.shared_bytes,
-        )
+        self._attend(decode, self.device.sm_count, (*args, partials))
+        if max_blocks > SPLIT_TILES:
+            merge = merge_shape(*heads)
+            num_warp_groups = merge.num_merge_blocks(num_seqs)
+            self._attend(merge, num_warp_groups, (partials, *sequences, out, *sizes))
         if num_tokens > num_seqs:
-            prefill = prefill_shape(self.device, num_heads, num_kv_heads, head_dim)
+            prefill = prefill_shape(self.device, *heads)
             grid = (prefill.num_row_blocks(num_tokens, num_seqs), num_kv_heads)
-            block, shared_bytes = prefill.threads, prefill.shared_bytes
-            self._run("attention", prefill.defines, grid, block, args, shared_bytes)
+            self._attend(prefill, grid, args)
         return out
 
     def swiglu(self, gate_up: DeviceArray) -> DeviceArray:
@@ -184,16 +182,10 @@ class ForwardKernels:
         threads = _warps(-(-vectors // -(-vectors // MAX_NORM_THREADS)), MAX_NORM_THREADS)
         return y, threads, {"HIDDEN": hidden, "THREADS": threads}
 
-    def _counters(self, count: int) -> DeviceArray:
-        """The arrival counters, zero before every launch: cleared once, then by the kernel."""
-        counters = self.workspace.take("attention_counters", (count,), np.dtype(np.uint32))
-        if self._cleared[0] != counters.ptr or self._cleared[1] < counters.nbytes:
-            from cuda.bindings import driver
-
-            handle = self.device.stream.handle
-            call(driver.cuMemsetD8Async(counters.ptr, 0, counters.nbytes, handle))
-            self._cleared = (counters.ptr, counters.nbytes)
-        return counters
+    def _attend(
+        self, shape: AttentionShape, grid: int | tuple[int, ...], args: Sequence[Any]
+    ) -> None:
+        self._run("attention", shape.defines, grid, shape.threads, args, shape.shared_bytes)
 
     def _run(
         self,

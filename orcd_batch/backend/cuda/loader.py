@@ -137,11 +137,9 @@ class Loader:
 
     def _start(self) -> Transfers:
         if self._transfers is None:
-            from cuda.bindings import driver
-
             self._started = time.perf_counter()
             self._flags = self._device.allocate(4 * _MAX_TENSORS, "staging")
-            call(driver.cuMemsetD8(self._flags.ptr, 0, self._flags.num_bytes))
+            self._device.fill(self._flags.ptr, self._flags.num_bytes)
             self._transfers = Transfers(self._device, self._kernels)
         return self._transfers
 

@@ -66,7 +66,7 @@ class CudaOps(ForwardKernels):
         shape = (num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
         half = int(np.prod(shape)) * FP16.itemsize
         buffer = self.device.allocate(2 * num_layers * half, "kv_cache")
-        self._zero(buffer.ptr, buffer.num_bytes)
+        self.device.fill(buffer.ptr, buffer.num_bytes)
         views = [DeviceArray(buffer.ptr + i * half, shape, FP16) for i in range(2 * num_layers)]
         return [KVCache(views[2 * i], views[2 * i + 1]) for i in range(num_layers)]
 
@@ -127,6 +127,7 @@ class CudaOps(ForwardKernels):
             "device": self.device.name,
             "arch": self.device.arch,
             "driver": self.device.driver_version,
+            "cuda": self.device.cuda_version,
             **self.kernels.manifest(),
             "linear": self._linear.manifest(),
             "loading": self._loader.statistics(),
@@ -148,10 +149,3 @@ class CudaOps(ForwardKernels):
         batch = 4 * (3 * max_tokens + 2 * (max_seqs + 1) + max_seqs * max_blocks + max_seqs)
         buffers["batch"] = batch + 7 * 16
         return buffers
-
-    def _zero(self, ptr: int, num_bytes: int) -> None:
-        from cuda.bindings import driver
-
-        from orcd_batch.backend.cuda.driver import call
-
-        call(driver.cuMemsetD8Async(ptr, 0, num_bytes, self.device.stream.handle))

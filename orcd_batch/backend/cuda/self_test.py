@@ -119,10 +119,10 @@ class SelfTest:
 
         stream = self._device.stream.handle
         checksum = self._kernels.get("checksum")
-        call(driver.cuMemsetD8Async(self._sum.ptr, 0, 8, stream))
+        self._device.fill(self._sum.ptr, 8)
         for trial in range(self._num_trials(num_rows)):
             x, y = self._operands(num_rows, first_row=trial)
-            call(driver.cuMemsetD8Async(y.ptr, _POISON + trial % 2, y.nbytes, stream))
+            self._device.fill(y.ptr, y.nbytes, _POISON + trial % 2)
             try:
                 run(x, self._weights[trial % len(self._weights)], y)
             except DeviceError:
@@ -150,9 +150,12 @@ class SelfTest:
 
         rows = _PATTERN_ROWS
         pattern = np.random.default_rng(k).standard_normal((rows, k), np.float32).astype(FP16)
-        call(driver.cuMemcpyHtoD(self._x.ptr, pattern.ctypes.data, pattern.nbytes))
+        stream = self._device.stream.handle
+        call(driver.cuMemcpyHtoDAsync(self._x.ptr, pattern.ctypes.data, pattern.nbytes, stream))
         row_bytes = k * FP16.itemsize
         while rows < x_rows:
             count = min(rows, x_rows - rows) * row_bytes
-            call(driver.cuMemcpyDtoD(self._x.ptr + rows * row_bytes, self._x.ptr, count))
+            target = self._x.ptr + rows * row_bytes
+            call(driver.cuMemcpyDtoDAsync(target, self._x.ptr, count, stream))
             rows = min(2 * rows, x_rows)
+        self._device.synchronize()

@@ -1,8 +1,8 @@
 """Bytes from the mapped file into GPU memory: chunked, pinned, overlapped, proven.
 
 Reader threads each own two slots (a pinned buffer, a device buffer and a stream). A reader fills
-one slot from the file, hashing as it copies, and queues on the slot's stream the copy to the GPU,
-the hash of what arrived, and the conversion; meanwhile its other slot is still on the move.
+one slot from the file, sums what it read, and queues on the slot's stream the copy to the GPU, the
+checksum of what arrived, and the conversion; meanwhile its other slot is still on the move.
 """
 
 import os
@@ -15,18 +15,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orcd_batch.backend.cuda.checksum import BLOCK_BYTES, PIECE_BYTES, Hasher
+from orcd_batch.backend.cuda.checksum import (
+    MAX_CHUNK_BYTES,
+    MAX_ROWS,
+    ROW_WORDS,
+    Multilinear,
+    folded,
+)
 from orcd_batch.backend.cuda.device import Buffer, Device
 from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.program import Kernels
 from orcd_batch.backend.cuda.staging import PinnedBuffer
 from orcd_batch.errors import DeviceError, OrcdError
 
-CHUNK_BYTES = 4 << 20
-MAX_CHUNKS = 1 << 18
+CHUNK_BYTES = MAX_CHUNK_BYTES
+MAX_CHUNKS = 1 << 17
 MAX_READERS = 8
 
-_CHECKSUM_BLOCKS = 264
+_SUMS_BYTES = 8 * (ROW_WORDS + MAX_ROWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +52,14 @@ class Transfers:
     def __init__(self, device: Device, kernels: Kernels) -> None:
         self._device = device
         self._kernels = kernels
-        self._checksum = kernels.get("checksum")
+        self._fold, self._checksum = kernels.get("fold"), kernels.get("checksum")
         self._chunks: queue.Queue[Chunk | None] = queue.Queue(maxsize=64)
-        self._host_hashes: dict[int, tuple[str, int]] = {}
+        self._names: list[str] = []
+        self._sums: dict[int, NDArray[np.uint64]] = {}
         self._errors: list[BaseException] = []
         self._hashes = device.allocate(8 * MAX_CHUNKS, "staging")
-        call(_driver().cuMemsetD8(self._hashes.ptr, 0, self._hashes.num_bytes))
+        device.fill(self._hashes.ptr, self._hashes.num_bytes)
+        device.synchronize()
         self._slots: list[_Slot] = []
         self._readers: list[threading.Thread] = []
         count = max(1, min(MAX_READERS, os.cpu_count() or 1))
@@ -74,10 +82,10 @@ class Transfers:
         Raises what an earlier chunk failed with.
         """
         self._raise_first_error()
-        index = len(self._host_hashes)
+        index = len(self._names)
         if index >= MAX_CHUNKS:
             raise DeviceError(f"The file is larger than {MAX_CHUNKS * CHUNK_BYTES:,} bytes.")
-        self._host_hashes[index] = (name, 0)
+        self._names.append(name)
         self._chunks.put(Chunk(name, index, data, convert))
 
     def wait(self) -> None:
@@ -94,15 +102,19 @@ class Transfers:
         """
         self._stop()
         self._raise_first_error()
-        arrived = np.zeros(MAX_CHUNKS, np.uint64)
+        arrived = np.zeros(len(self._names), np.uint64)
+        if not arrived.size:
+            return
         call(_driver().cuMemcpyDtoH(arrived.ctypes.data, self._hashes.ptr, arrived.nbytes))
-        for index, (name, expected) in self._host_hashes.items():
-            if int(arrived[index]) != expected:
-                raise DeviceError(
-                    f"The bytes of {name} in GPU memory differ from the file's (checksum "
-                    f"{int(arrived[index]):016x}, expected {expected:016x}): load again, and "
-                    "test the memory of this machine if it happens twice."
-                )
+        expected = Multilinear(ROW_WORDS + MAX_ROWS)(
+            np.stack([self._sums[index] for index in range(len(self._names))])
+        )
+        for index in np.flatnonzero(arrived != expected):
+            raise DeviceError(
+                f"The bytes of {self._names[index]} in GPU memory differ from the file's "
+                f"(checksum {int(arrived[index]):016x}, expected {int(expected[index]):016x}): "
+                "load again, and test the memory of this machine if it happens twice."
+            )
 
     def close(self) -> None:
         """Stops the readers and frees the slots. Safe to call twice."""
@@ -147,16 +159,15 @@ class Transfers:
     def _move(self, chunk: Chunk, slot: "_Slot") -> None:
         slot.wait()
         size = chunk.data.nbytes
-        self._host_hashes[chunk.index] = (chunk.name, slot.fill(chunk.data))
+        self._sums[chunk.index] = slot.fill(chunk.data)
         handle = slot.stream.handle
         call(_driver().cuMemcpyHtoDAsync(slot.target.ptr, slot.pinned.ptr, size, handle))
-        self._kernels.launch(
-            self._checksum,
-            _CHECKSUM_BLOCKS,
-            256,
-            [slot.target.ptr, np.uint64(size), self._hashes.ptr + 8 * chunk.index],
-            stream=slot.stream,
-        )
+        launch, stream = self._kernels.launch, slot.stream
+        sums, hash_ptr = slot.sums.ptr, self._hashes.ptr + 8 * chunk.index
+        args = [slot.target.ptr, np.uint64(size), sums]
+        launch(self._fold, ROW_WORDS // 256 + MAX_ROWS, 256, args, stream=stream)
+        args = [sums, np.uint64(_SUMS_BYTES), hash_ptr]
+        launch(self._checksum, 2, 256, args, stream=stream)
         chunk.convert(slot.target.ptr, slot.stream)
 
 
@@ -164,26 +175,23 @@ class _Slot:
     def __init__(self, device: Device) -> None:
         self.pinned = PinnedBuffer(CHUNK_BYTES)
         self.target: Buffer = device.allocate(CHUNK_BYTES, "staging")
+        self.sums: Buffer = device.allocate(_SUMS_BYTES, "staging")
         self.stream = device.new_stream()
-        self.hasher = Hasher()
 
     def wait(self) -> None:
         self.stream.sync()
 
-    def fill(self, data: NDArray[np.uint8]) -> int:
-        """Copies into the pinned buffer; returns the hash of the file's bytes."""
-        total = 0
-        for start in range(0, data.nbytes, PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
-            self.pinned.bytes[start : start + piece.nbytes] = piece
-            total += self.hasher(piece, start // BLOCK_BYTES)
-        return total % 2**64
+    def fill(self, data: NDArray[np.uint8]) -> NDArray[np.uint64]:
+        """Copies into the pinned buffer; returns the sums of the file's bytes."""
+        self.pinned.bytes[: data.nbytes] = data
+        return folded(data)
 
     def free(self, device: Device) -> None:
         self.stream.sync()
         self.stream.close()
         self.pinned.free()
         device.free(self.target)
+        device.free(self.sums)
 
 
 def _driver() -> Any:

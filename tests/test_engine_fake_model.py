@@ -1,0 +1,255 @@
+"""Engine, scheduler and block manager on a fake model whose right answer is known."""
+
+import itertools
+import random
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.fake_ops import CONFIG, VOCAB_SIZE, WEIGHTS, FakeOps, digest, next_token
+
+from orcd_batch.backend.ops import BLOCK_SIZE
+from orcd_batch.engine import Completion, Engine, Request, SamplingParams
+from orcd_batch.errors import ConfigError
+
+
+def engine_with(ops: FakeOps | None = None, **limits: Any) -> Engine:
+    chosen = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "num_blocks": 40,
+        "max_model_len": 400,
+        **limits,
+    }
+    return Engine(CONFIG, WEIGHTS, ops or FakeOps(), **chosen)  # type: ignore[arg-type]
+
+
+def request(key: object, prompt: list[int], max_tokens: int = 5, **options: Any) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=options.pop("ignore_eos", False))
+    return Request(key, tuple(prompt), params, **options)
+
+
+def run(engine: Engine, requests: list[Request], max_steps: int = 20_000) -> dict[Any, Completion]:
+    for item in requests:
+        engine.add(item)
+    finished: dict[Any, Completion] = {}
+    for _ in range(max_steps):
+        if not engine.has_unfinished:
+            return finished
+        for completion in engine.step():
+            assert completion.key not in finished, "a request finished twice"
+            finished[completion.key] = completion
+    raise AssertionError("the engine did not finish")
+
+
+def expected_tokens(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+prompts = st.builds(
+    lambda shared, own, tail: [3] * shared + [own] * tail,
+    st.sampled_from([0, 5, 64, 128, 150]),
+    st.integers(0, 3),
+    st.sampled_from([1, 2, 64, 65, 90]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(prompts, st.integers(1, 70)), min_size=1, max_size=12),
+    max_num_seqs=st.integers(1, 6),
+    extra_tokens=st.integers(0, 300),
+    num_blocks=st.integers(6, 30),
+    prefix_caching=st.booleans(),
+    order=st.integers(0, 1000),
+)
+def test_every_request_gets_its_own_tokens_under_any_limits(
+    rows: list[tuple[list[int], int]],
+    max_num_seqs: int,
+    extra_tokens: int,
+    num_blocks: int,
+    prefix_caching: bool,
+    order: int,
+) -> None:
+    engine = engine_with(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + extra_tokens,
+        num_blocks=num_blocks,
+        prefix_caching=prefix_caching,
+    )
+    requests = [request(key, prompt, count) for key, (prompt, count) in enumerate(rows)]
+    random.Random(order).shuffle(requests)
+    finished = run(engine, requests)
+    for key, (prompt, count) in enumerate(rows):
+        assert finished[key].error is None
+        assert finished[key].token_ids == expected_tokens(prompt, count)
+        assert finished[key].finish_reason == "length"
+    assert engine.block_manager.num_available == num_blocks
+    assert engine.ops.max_tokens <= max_num_seqs + extra_tokens
+
+
+def test_samples_of_one_prompt_compute_its_blocks_once() -> None:
+    ops = FakeOps()
+    engine = engine_with(ops, max_num_seqs=8, max_num_batched_tokens=512)
+    prompt = [7] * (2 * BLOCK_SIZE + 10)
+    finished = run(engine, [request(i, prompt, 3) for i in range(8)])
+    assert {tuple(done.token_ids) for done in finished.values()} == {
+        tuple(expected_tokens(prompt, 3))
+    }
+    statistics = engine.statistics()
+    assert statistics["prefill_tokens"] == len(prompt) + 7 * 10
+    assert statistics["shared_prompt_tokens"] == 7 * 2 * BLOCK_SIZE
+    assert statistics["decode_tokens"] == 8 * 2
+
+
+def test_a_prompt_of_whole_blocks_found_in_the_cache_computes_its_last_token_only() -> None:
+    engine = engine_with()
+    prompt = [9] * (2 * BLOCK_SIZE)
+    run(engine, [request("first", prompt, 2)])
+    finished = run(engine, [request("again", prompt, 2)])
+    assert finished["again"].token_ids == expected_tokens(prompt, 2)
+    assert engine.statistics()["prefill_tokens"] == len(prompt) + 1
+
+
+def test_others_pass_a_prompt_that_waits_for_its_twin() -> None:
+    engine = engine_with(max_num_seqs=3, max_num_batched_tokens=310)
+    twin = [5] * 300
+    for item in (request("a", twin), request("twin", twin), request("b", [1, 2])):
+        engine.add(item)
+    engine.step()
+    assert [s.request.key for s in engine.scheduler.running] == ["a", "b"]
+    assert run(engine, [])["twin"].token_ids == expected_tokens(twin, 5)
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_computed_in_chunks() -> None:
+    engine = engine_with(max_num_batched_tokens=40)
+    engine.add(request("short", [1, 2, 3], 8))
+    engine.step()
+    engine.add(request("long", [4] * 200, 1))
+    keys = [done.key for _ in range(8) for done in engine.step()]
+    assert keys == ["long", "short"] or keys == ["short", "long"]
+    assert engine.statistics()["steps"] <= 9
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ([], "empty"),
+        ([1] * 400, r"400 tokens.*context of 400"),
+        ([1, VOCAB_SIZE, 2], rf"id {VOCAB_SIZE} .*{VOCAB_SIZE} tokens"),
+        ([1, -1], "id -1 "),
+        ([1] * 200, r"need 204 cache positions and the KV cache has 192"),
+    ],
+)
+def test_a_request_that_cannot_run_is_an_error_and_its_neighbours_are_not(
+    prompt: list[int], reason: str
+) -> None:
+    engine = engine_with(num_blocks=3)
+    finished = run(engine, [request("good", [1, 2]), request("bad", prompt)])
+    bad = finished["bad"]
+    assert bad.finish_reason == "error"
+    assert bad.error is not None
+    assert re.search(reason, bad.error), bad.error
+    assert bad.token_ids == []
+    assert finished["good"].token_ids == expected_tokens([1, 2], 5)
+
+
+def test_logits_that_are_not_finite_end_one_request_only() -> None:
+    ops = FakeOps()
+    bad_prompt, good_prompt = [8, 8], [6] * 70
+    third = bad_prompt + expected_tokens(bad_prompt, 1)
+    ops.not_finite.add(digest(third))
+    engine = engine_with(ops)
+    finished = run(engine, [request("bad", bad_prompt), request("good", good_prompt)])
+    assert finished["bad"].finish_reason == "error"
+    assert finished["bad"].token_ids == finished["bad"].fingerprints == []
+    assert "position 2" in (finished["bad"].error or "")
+    assert finished["good"].token_ids == expected_tokens(good_prompt, 5)
+    assert engine.block_manager.num_available == 40
+
+
+def test_generation_ends_at_the_context() -> None:
+    engine = engine_with(max_model_len=100)
+    done = run(engine, [request(0, [2] * 97, 50)])[0]
+    assert (len(done.token_ids), done.finish_reason) == (3, "length")
+
+
+def test_a_stop_token_ends_a_sample_and_is_kept() -> None:
+    tokens = expected_tokens([1, 2, 3], 20)
+    stop = tokens[4]
+    wanted = tokens[: tokens.index(stop) + 1]
+    ids = frozenset({stop})
+    finished = run(
+        engine_with(),
+        [
+            request("stops", [1, 2, 3], 20, stop_token_ids=ids),
+            request("ignores", [1, 2, 3], 20, stop_token_ids=ids, ignore_eos=True),
+            request("last", [1, 2, 3], len(wanted), stop_token_ids=ids),
+        ],
+    )
+    assert finished["stops"].token_ids == wanted
+    assert finished["stops"].finish_reason == "stop"
+    assert finished["ignores"].token_ids == tokens
+    assert finished["last"].finish_reason == "stop"
+
+
+def test_a_stop_check_sees_every_token_and_each_sample_has_its_own() -> None:
+    seen: list[list[int]] = []
+
+    def make_check() -> Any:
+        calls = itertools.count(1)
+
+        def check(ids: Any) -> bool:
+            seen.append(list(ids))
+            return next(calls) == 3
+
+        return check
+
+    finished = run(
+        engine_with(), [request(i, [1, 2], 10, make_stop_check=make_check) for i in range(2)]
+    )
+    for done in finished.values():
+        assert (len(done.token_ids), done.finish_reason) == (3, "stop")
+    assert sorted(len(ids) for ids in seen) == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_step_that_fails_can_be_repeated() -> None:
+    ops = FakeOps()
+    engine = engine_with(ops)
+    requests = [request(i, [i + 1] * 70, 4) for i in range(6)]
+    for item in requests:
+        engine.add(item)
+    finished: dict[Any, Completion] = {}
+    for turn in itertools.count():
+        if not engine.has_unfinished:
+            break
+        if turn % 3 == 1:
+            ops.fail_next = RuntimeError("interrupted")
+        try:
+            finished.update((done.key, done) for done in engine.step())
+        except RuntimeError:
+            continue
+    for item in requests:
+        assert finished[item.key].token_ids == expected_tokens(list(item.prompt_token_ids), 4)
+    assert engine.block_manager.num_available == 40
+
+
+def test_reset_drops_everything_and_leaks_nothing() -> None:
+    engine = engine_with()
+    for i in range(6):
+        engine.add(request(i, [i + 1] * 100))
+    engine.step()
+    engine.reset()
+    assert not engine.has_unfinished
+    assert engine.block_manager.num_available == 40
+    assert run(engine, [request("x", [1] * 100)])["x"].token_ids == expected_tokens([1] * 100, 5)
+
+
+def test_a_token_budget_below_the_number_of_sequences_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=3 is less than"):
+        engine_with(max_num_seqs=4, max_num_batched_tokens=3)
