@@ -6,9 +6,9 @@
 //            seed, stream (R,) u64; position (R,) u32; seen_ids (S,) and seen_start (R + 1,) i32;
 //            results: token_ids (R,) i32, logprobs and margins (R,) fp32, fingerprints (R,) i64,
 //            finite (R,) i32
-// mapping:   V is cut into 8 parts. A cluster of 8 blocks owns a row, a block keeps its part's values in
-//            shared memory (sm_90 and later); with GENERIC=1, and before sm_90, one block owns a row
-//            and reads the parts one after another from memory.
+// mapping:   V is cut into 4 parts, or 8 beyond 65,536 tokens. A cluster of as many blocks owns a row,
+//            a block keeps its part's values in shared memory (sm_90 and later); with GENERIC=1, and
+//            before sm_90, one block owns a row and reads the parts one after another from memory.
 // macros:    VOCAB (V, at most 2^18), GENERIC
 // bound by:  bytes (R V 4) when greedy; with noise, integer and fp32 arithmetic
 // order:     everything but logprob is exact: integers, maxima with ties to the lowest id, and fp32
@@ -28,7 +28,7 @@
 constexpr int THREADS = 512;  // also the number of histogram bins
 constexpr int BIN_BITS = 9;
 constexpr int NUM_WARPS = THREADS / WARP;
-constexpr int PARTS = 8;
+constexpr int PARTS = VOCAB <= 65536 ? 4 : 8;
 constexpr int PART = (VOCAB + PARTS - 1) / PARTS;
 constexpr int HELD = CLUSTERED ? PART : VOCAB;  // ids that one block answers for
 constexpr int SEGMENT = 16384;                  // ids after which the histogram's counters could overflow

@@ -153,9 +153,7 @@ def test_malformed_messages_are_refused_by_number(
 
 
 def test_what_the_template_refuses_is_the_error_of_its_row() -> None:
-    refusing = (
-        "{% if messages[0].role != 'user' %}{{ raise_exception('Only users!') }}{% endif %}ok"
-    )
+    refusing = "{% if messages[0].role == 'alien' %}{{ raise_exception('No!') }}{% endif %}ok"
     with open_template(refusing) as template:
         with pytest.raises(RowError, match=r"No!; use model\.chat=false"):
             template.render([{"role": "alien", "content": "x"}])

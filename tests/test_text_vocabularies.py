@@ -90,10 +90,11 @@ def test_bos_comes_first_only_where_the_file_asks_for_it(name: str, first: int |
 @pytest.mark.parametrize("name", ["llama-bpe", "qwen2"])
 def test_a_vocabulary_of_150000_tokens_opens_quickly(name: str) -> None:
     path = require_vocab(name)
-    times = []
     for _ in range(3):
         start = time.process_time()
         with GGUFFile.open(path) as gguf:
             Tokenizer.from_metadata(gguf.metadata)
-        times.append(time.process_time() - start)
-    assert min(times) < 1.5
+        took_s = time.process_time() - start
+        if took_s < 1.5:
+            break
+    assert took_s < 1.5

@@ -137,9 +137,11 @@ def test_attention_does_not_depend_on_how_it_is_laid_out(
 def test_attention_does_not_depend_on_the_row_tiles_of_a_warp(
     ops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = attention_problem(32, 32, 96, [(500, 500), (70, 2)])
+    from orcd_batch.backend.cuda import attention as layout
+
+    problem = attention_problem(9, 3, 64, [(500, 500), (70, 2)])
     whole = attend(ops, problem)
-    monkeypatch.setattr(ops.device, "max_shared_memory", 99 << 10)
+    monkeypatch.setattr(layout, "PREFILL_ROW_TILES", 2)
     np.testing.assert_array_equal(attend(ops, problem), whole)
 
 

@@ -15,11 +15,13 @@ MMA_ROWS = 16
 MAX_HEAD_DIM = 128
 DECODE, PREFILL, MERGE = range(3)  # the kernel's KIND
 
-# Stages of one tile that a decode warp keeps under way, and the most warps of a block.
-DECODE_STAGES = 4
+# Tiles that a decode warp keeps in shared memory (one at work, the others under way), and the most
+# warps of a block. Measured on an H200 in kernels/README.md, as are the prefill's.
+DECODE_STAGES = 2
 MAX_DECODE_WARPS = 4
 PREFILL_STAGES = 2
 PREFILL_WARPS = 4
+PREFILL_ROW_TILES = 1
 MERGE_WARPS = 4
 
 _WARP = 32
@@ -38,6 +40,7 @@ class AttentionShape:
     num_warps: int
     row_tiles: int
     num_stages: int
+    min_blocks: int
     shared_bytes: int
 
     @property
@@ -50,6 +53,7 @@ class AttentionShape:
             "WARPS": self.num_warps,
             "ROW_TILES": self.row_tiles,
             "STAGES": self.num_stages,
+            "MIN_BLOCKS": self.min_blocks,
         }
 
     @property
@@ -106,40 +110,32 @@ def decode_shape(
     _check_heads(num_heads, num_kv_heads, head_dim)
     lists = 4 * (2 * num_seqs + 1)
     warp_bytes = DECODE_STAGES * _stage_bytes(head_dim)
-    room = device.max_shared_memory - _STATIC_SHARED_BYTES - lists
-    num_stages = DECODE_STAGES
-    if room < warp_bytes:
-        num_stages = room // _stage_bytes(head_dim)
-        warp_bytes = num_stages * _stage_bytes(head_dim)
-    if num_stages < 2:
+    num_warps = (device.max_shared_memory - _STATIC_SHARED_BYTES - lists) // warp_bytes
+    if num_warps < 1:
         raise DeviceError(
-            f"Attention over {num_seqs} sequences needs {2 * _stage_bytes(head_dim) + lists:,} "
-            f"bytes of shared memory and {device.name} has {device.max_shared_memory:,}; lower "
+            f"Attention over {num_seqs} sequences needs {warp_bytes + lists:,} bytes of shared "
+            f"memory and {device.name} has {device.max_shared_memory:,}; lower "
             "engine.max_num_seqs."
         )
-    num_warps = min(MAX_DECODE_WARPS, room // warp_bytes)
+    num_warps = min(num_warps, MAX_DECODE_WARPS)
     shared_bytes = num_warps * warp_bytes + lists
     heads = (num_heads, num_kv_heads, head_dim)
-    return AttentionShape(*heads, DECODE, num_warps, 1, num_stages, shared_bytes)
+    return AttentionShape(*heads, DECODE, num_warps, 1, DECODE_STAGES, 1, shared_bytes)
 
 
 def merge_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionShape:
     """Puts a decode query's splits together."""
-    return AttentionShape(num_heads, num_kv_heads, head_dim, MERGE, MERGE_WARPS, 1, 2, 0)
+    return AttentionShape(num_heads, num_kv_heads, head_dim, MERGE, MERGE_WARPS, 1, 2, 1, 0)
 
 
-def prefill_shape(
-    device: Device, num_heads: int, num_kv_heads: int, head_dim: int
-) -> AttentionShape:
-    """Several queries per sequence: two row tiles a warp where registers and memory allow."""
+def prefill_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionShape:
+    """Several queries per sequence; registers for as many blocks per SM as go without spills."""
     _check_heads(num_heads, num_kv_heads, head_dim)
-    for row_tiles in (2, 1) if head_dim <= 96 else (1,):
-        parked = PREFILL_WARPS * row_tiles * (head_dim // 8 + 1) * _WARP * 16
-        shared_bytes = PREFILL_STAGES * _stage_bytes(head_dim) + parked
-        if shared_bytes <= device.max_shared_memory:
-            break
-    heads = (num_heads, num_kv_heads, head_dim)
-    return AttentionShape(*heads, PREFILL, PREFILL_WARPS, row_tiles, PREFILL_STAGES, shared_bytes)
+    parked = PREFILL_WARPS * PREFILL_ROW_TILES * (head_dim // 8 + 1) * _WARP * 16
+    shared_bytes = PREFILL_STAGES * _stage_bytes(head_dim) + parked
+    min_blocks = 3 if head_dim <= 64 else 2
+    shape = (PREFILL_WARPS, PREFILL_ROW_TILES, PREFILL_STAGES, min_blocks, shared_bytes)
+    return AttentionShape(num_heads, num_kv_heads, head_dim, PREFILL, *shape)
 
 
 def _stage_bytes(head_dim: int) -> int:

@@ -146,7 +146,7 @@ class ForwardKernels:
             num_warp_groups = merge.num_merge_blocks(num_seqs)
             self._attend(merge, num_warp_groups, (partials, *sequences, out, *sizes))
         if num_tokens > num_seqs:
-            prefill = prefill_shape(self.device, *heads)
+            prefill = prefill_shape(*heads)
             grid = (prefill.num_row_blocks(num_tokens, num_seqs), num_kv_heads)
             self._attend(prefill, grid, args)
         return out

@@ -17,10 +17,10 @@ from orcd_batch.errors import DeviceError
 MAX_VOCAB_SIZE = 1 << 18
 
 # As in kernels/sample.cu.
-NUM_PARTS = 8
 THREADS = 512
 _STATIC_SHARED_BYTES = 14 << 10
 _CLUSTER_CAPABILITY = (9, 0)
+_FEW_PARTS_VOCAB_SIZE = 1 << 16
 
 _TYPES: dict[str, Any] = {
     "temperature": np.float32,
@@ -86,7 +86,8 @@ class Sampling:
                 f"The vocabulary has {vocab_size:,} tokens and the GPU sampler takes up to "
                 f"{MAX_VOCAB_SIZE:,}; use engine=numpy."
             )
-        part = -(-vocab_size // NUM_PARTS)
+        num_parts = 4 if vocab_size <= _FEW_PARTS_VOCAB_SIZE else 8
+        part = -(-vocab_size // num_parts)
         clustered_bytes = 4 * (part + -(-part // 32))
         generic |= self._device.compute_capability < _CLUSTER_CAPABILITY
         generic |= clustered_bytes + _STATIC_SHARED_BYTES > self._device.max_shared_memory
@@ -96,7 +97,7 @@ class Sampling:
             parameters = [getattr(batch, field.name) for field in fields(SampleBatch)]
             names = ("token_ids", "logprobs", "margins", "fingerprints", "finite")
             args = (logits, *parameters, *(results[name] for name in names))
-            grid = num_rows if generic else num_rows * NUM_PARTS
+            grid = num_rows if generic else num_rows * num_parts
             shared_bytes = 4 * -(-vocab_size // 32) if generic else clustered_bytes
             self._kernels.launch(kernel, grid, THREADS, args, shared_bytes)
         return results

@@ -30,7 +30,7 @@ from orcd_batch.errors import DeviceError, OrcdError
 
 CHUNK_BYTES = MAX_CHUNK_BYTES
 MAX_CHUNKS = 1 << 17
-MAX_READERS = 8
+MAX_READERS = 10
 
 _SUMS_BYTES = 8 * (ROW_WORDS + MAX_ROWS)
 
