@@ -1,6 +1,6 @@
 // add_rms_norm: adds a layer's output to the residual stream and normalizes the sum
 //
-// computes:  x[t][c] += delta[t][c]; y[t][c] = fp16(x[t][c] / sqrt(mean of x[t]^2 + eps) * weight[c])
+// computes:  x[t][c] += delta[t][c], then y[t][c] as rms_norm
 // layout:    x (T, C) fp32, updated in place; delta (T, C) fp32; weight (C,) fp32; y (T, C) fp16;
 //            C a multiple of 4
 // mapping:   block t owns row t and keeps it in registers between the two passes

@@ -1,28 +1,29 @@
 // attention: causal grouped-query attention over the paged cache, for prefill and decode alike
 //
 // computes:  out[t][h] = fp16(sum over j of softmax_j(q[t][h] . key_j / sqrt(D)) value_j), over the
-//            positions j of t's own sequence with pos - reach < j <= pos (reach: the sliding window,
-//            or 2^31 - 1)
-// layout:    q, out (T, H, D) fp16; keys, values (num_blocks, Hkv, 64, D) fp16; query_start (B + 1,),
-//            context_lens (B,), block_tables (B, max_blocks) i32: as backend/ops.py's Batch.
-//            A row is a pair (token, head of the group), token-major; 16 rows of one KV head are one
-//            mma tile, so a decode step's tile holds the group and a prefill tile the group x tokens.
+//            positions j of t's own sequence with pos - reach < j <= pos (reach: the sliding
+//            window, or 2^31 - 1)
+// layout:    q, out (T, H, D) fp16; keys, values (num_blocks, Hkv, 64, D) fp16; query_start
+//            (B + 1,), context_lens (B,), block_tables (B, max_blocks) i32: as backend/ops.py's
+//            Batch. A row is a pair (token, head of the group), token-major; 16 rows of one KV head
+//            are one mma tile: a decode step's tile holds the group, a prefill tile group x tokens.
 //            partials: for each sequence, split, KV head and row tile min(G, 16) x (D + 2) fp32
 // mapping:   KIND 0, decode: sequences with one query. Item = (sequence, split, KV head, row tile);
-//            warp w of the grid owns items w, w + W, … and streams their tiles through its own stages
-//            without a gap. A query with one split is done; others leave partials.
-//            KIND 1, prefill: sequences with more. Block (i, KV head) owns WARPS * ROW_TILES * 16 rows
-//            of one sequence and walks its tiles; warps share the tiles in shared memory.
+//            warp w of the grid owns items w, w + W, … and streams their tiles through its own
+//            stages without a gap. A query with one split is done; others leave partials.
+//            KIND 1, prefill: sequences with more. Block (i, KV head) owns WARPS * ROW_TILES * 16
+//            rows of one sequence and walks its tiles; warps share the tiles in shared memory.
 //            KIND 2, merge: warp = (sequence, head), of the queries that left partials.
 // macros:    NUM_HEADS (H), NUM_KV_HEADS (Hkv), HEAD_DIM (D, a multiple of 16 up to 128), KIND,
 //            WARPS, ROW_TILES (1 for decode), STAGES (2 for prefill), MIN_BLOCKS (resident per SM)
 // bound by:  decode: bytes of keys and values; prefill: flops (mma.sync) and exponentials
 // order:     Every row does the same arithmetic wherever it runs, in tiles of 64 keys at absolute
 //            positions and splits of 256. Scores: one k16 chain over D. A split, tiles ascending:
-//            m' = max(m, tile), o = o * 2^((m - m')c) + P V with P in fp16 and one k16 chain over the
-//            keys; sums per lane, then the quad. Splits merge ascending. Masked keys give P = 0 and
-//            a scale of exactly 1, so a tile or split that a row cannot see changes none of its bits,
-//            seen or skipped. Rows beyond the context are loaded as zeros: stale memory is harmless.
+//            m' = max(m, tile), o = o * 2^((m - m')c) + P V with P in fp16 and one k16 chain over
+//            the keys; sums per lane, then the quad. Splits merge ascending. Masked keys give P = 0
+//            and a scale of exactly 1, so a tile or split that a row cannot see changes none of its
+//            bits, met or skipped. Rows beyond the context are loaded as zeros: stale memory is
+//            harmless.
 // source:    online softmax: Milakov & Gimelshein 2018; tiling: Dao 2023 (FlashAttention-2)
 // architectures: sm_80 sm_90 sm_120
 // compile:   NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 KIND=0 WARPS=4 ROW_TILES=1 STAGES=2 MIN_BLOCKS=1
@@ -49,7 +50,7 @@ constexpr int THREADS = WARPS * WARP;
 
 __device__ __forceinline__ float minus_infinity() { return as_float(0xff800000u); }
 
-// --- a tile in shared memory ------------------------------------------------------------------------
+// --- a tile in shared memory -------------------------------------------------------------------
 
 // Where chunk `chunk` of row `row` lies: permuted among SPAN neighbours so that eight rows' chunks
 // cover all banks.
@@ -74,7 +75,8 @@ struct TileLoader {
         index = first * CHUNKS + lane;
 #pragma unroll
         for (int i = 0; i < PERIOD; ++i)
-            target[i] = chunk_offset(first + (lane + i * WARP) / CHUNKS, (lane + i * WARP) % CHUNKS);
+            target[i] =
+                chunk_offset(first + (lane + i * WARP) / CHUNKS, (lane + i * WARP) % CHUNKS);
     }
 
     __device__ __forceinline__ void load(u32 shared, const f16* tile, int valid) const {
@@ -91,7 +93,7 @@ struct TileLoader {
     }
 };
 
-// --- the arithmetic of one warp: TILES row tiles against one tile of keys ---------------------------
+// --- the arithmetic of one warp: TILES row tiles against one tile of keys ----------------------
 
 // Lane = 4 g + t holds rows g and g + 8 (index `half`) and, of every 8 columns, 2t and 2t + 1.
 template <int TILES>
@@ -264,10 +266,10 @@ __device__ __forceinline__ int first_visible(int position, int reach) {
 
 #if KIND == 1
 
-// --- prefill: one block, one sequence, WARPS * ROW_TILES * 16 rows ------------------------------------
+// --- prefill: one block, one sequence, WARPS * ROW_TILES * 16 rows -----------------------------
 
 constexpr int BLOCK_ROWS = WARPS * ROW_TILES * 16;
-constexpr int PARKED = ROW_TILES * (COLUMN_TILES + 1) * WARP;  // float4s of a warp: o, then max and sum
+constexpr int PARKED = ROW_TILES * (COLUMN_TILES + 1) * WARP;  // float4s of a warp: o, max and sum
 
 // Every sequence gets at least enough consecutive row blocks; the few left over stay idle.
 __device__ __forceinline__ int first_row_block(const i32* query_start, int sequence) {
@@ -286,12 +288,6 @@ __device__ __forceinline__ int find_sequence(const i32* query_start, int num_seq
         high = min(high, low + step);
     }
     return low;
-}
-
-// The same value, worked out anew where it is used instead of held in a register across the loop.
-__device__ __forceinline__ int rematerialized(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
 }
 
 // Where row `row` of a sequence lies in q and out.
@@ -340,17 +336,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     const int warp_first_tile = first_visible(warp_first, reach) / TILE;
     const int warp_last_tile = warp_row < num_rows ? warp_last / TILE : -1;
 
+    const TileLoader<TILE / WARPS> loader(warp * (TILE / WARPS));
     const u32 stages = shared_address(shared);
     const i32* table = block_tables + (size_t)sequence * max_blocks;
-    i32 cache_block = table[first_tile];  // of the next tile to load
     auto load = [&](int tile) {
-        const TileLoader<TILE / WARPS> loader(rematerialized(warp * (TILE / WARPS)));
-        const size_t offset = ((size_t)cache_block * NUM_KV_HEADS + kv_head) * TILE * HEAD_DIM;
+        const size_t offset = ((size_t)table[tile] * NUM_KV_HEADS + kv_head) * TILE * HEAD_DIM;
         const u32 stage = stages + tile % STAGES * STAGE_BYTES;
         loader.load(stage, keys + offset, context - tile * TILE);
         loader.load(stage + TILE_BYTES, values + offset, context - tile * TILE);
         copy_async_commit();
-        if (tile < last_tile) cache_block = table[tile + 1];
     };
 
     load(first_tile);
@@ -362,7 +356,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         if (tile < warp_first_tile || tile > warp_last_tile) continue;
 
         const int base = tile * TILE;
-        const bool all_visible = base + TILE - 1 <= warp_first && base >= first_visible(warp_last, reach);
+        const bool all_visible =
+            base + TILE - 1 <= warp_first && base >= first_visible(warp_last, reach);
         const u32 stage = stages + tile % STAGES * STAGE_BYTES;
         auto visible = [&](int i, int half, int key) {
             const int row = warp_row + i * 16 + half * 8 + lane / 4;
@@ -412,13 +407,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         for (int half = 0; half < 2; ++half) {
             const int row = warp_row + i * 16 + half * 8 + lane / 4;
             if (row < num_rows)
-                write_row(out + row_offset(query, row, kv_head), rows.o[i], half, rows.sum[i][half]);
+                write_row(out + row_offset(query, row, kv_head), rows.o[i], half,
+                          rows.sum[i][half]);
         }
 }
 
 #else
 
-// --- decode and merge: what one leaves for the other --------------------------------------------------
+// --- decode and merge: what one leaves for the other -------------------------------------------
 
 constexpr int GROUP_TILES = (GROUP + 15) / 16;           // row tiles of a KV head
 constexpr int UNITS = NUM_KV_HEADS * GROUP_TILES;        // items of a split
@@ -440,7 +436,7 @@ __device__ __forceinline__ float* partial_of(float* partials, int sequence, int 
 
 #if KIND == 0
 
-// --- decode: one warp, one item -------------------------------------------------------------------
+// --- decode: one warp, one item ----------------------------------------------------------------
 
 // What a block knows of every sequence, in shared memory.
 struct Sequences {
@@ -560,7 +556,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     auto load_next = [&] {
         if (ahead.valid) {
             const size_t block = __shfl_sync(FULL_WARP, ahead_blocks, ahead.tile - ahead_start);
-            const size_t offset = (block * NUM_KV_HEADS + ahead.unit / GROUP_TILES) * TILE * HEAD_DIM;
+            const int kv_head = ahead.unit / GROUP_TILES;
+            const size_t offset = (block * NUM_KV_HEADS + kv_head) * TILE * HEAD_DIM;
             const u32 stage = stages + loaded % STAGES * STAGE_BYTES;
             loader.load(stage, keys + offset, ahead.context - ahead.tile * TILE);
             loader.load(stage + TILE_BYTES, values + offset, ahead.context - ahead.tile * TILE);
@@ -582,7 +579,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         const int kv_head = work.unit / GROUP_TILES;
         const int first_row = work.unit % GROUP_TILES * 16;
         const int num_rows = min(16, GROUP - first_row);
-        const size_t head = (size_t)query_start[work.sequence] * NUM_HEADS + kv_head * GROUP + first_row;
+        const size_t query = query_start[work.sequence];
+        const size_t head = query * NUM_HEADS + kv_head * GROUP + first_row;
         Rows<1> rows;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -620,10 +618,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
 #else
 
-// --- merge: one warp, one query's head --------------------------------------------------------------
+// --- merge: one warp, one query's head ---------------------------------------------------------
 
 constexpr int LANE_COLUMNS = (HEAD_DIM + WARP - 1) / WARP;  // lane, lane + 32, …
-constexpr int AHEAD = 8;                                    // splits whose values are under way at once
+constexpr int AHEAD = 8;                                    // splits under way at once
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attention(float* __restrict__ partials, const i32* __restrict__ query_start,
@@ -667,7 +665,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     f16* target = out + ((size_t)query * NUM_HEADS + head) * HEAD_DIM;
 #pragma unroll
     for (int c = 0; c < LANE_COLUMNS; ++c)
-        if (lane + c * WARP < HEAD_DIM) target[lane + c * WARP] = to_f16(normalized(total[c], inverse));
+        if (lane + c * WARP < HEAD_DIM)
+            target[lane + c * WARP] = to_f16(normalized(total[c], inverse));
 }
 
 #endif

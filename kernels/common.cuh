@@ -133,7 +133,7 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     return total;
 }
 
-// --- the exponential of attention and swiglu --------------------------------------------------------
+// --- the exponential of attention and swiglu ---------------------------------------------------
 
 // 2^x by the hardware: deterministic on one GPU model, 2 ulp; exactly 1 at 0 and exactly 0 at -inf.
 __device__ __forceinline__ float exp2_hardware(float x) {
@@ -142,9 +142,10 @@ __device__ __forceinline__ float exp2_hardware(float x) {
     return y;
 }
 
-// --- one row of RMSNorm, held by one block ----------------------------------------------------------
-// Thread t holds vectors t, t + BLOCK_THREADS, … of four columns. Order of the sum of squares: a thread's
-// columns ascending, lanes by butterfly, warps ascending: fixed by COLUMNS and BLOCK_THREADS.
+// --- one row of RMSNorm, held by one block -----------------------------------------------------
+// Thread t holds vectors t, t + BLOCK_THREADS, … of four columns. Order of the sum of squares: a
+// thread's columns ascending, lanes by butterfly, warps ascending: fixed by COLUMNS and
+// BLOCK_THREADS.
 
 template <int COLUMNS, int BLOCK_THREADS>
 struct NormRow {

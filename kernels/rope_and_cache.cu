@@ -1,14 +1,17 @@
 // rope_and_cache: bias, rotary embedding, and the new keys and values into the paged cache
 //
-// computes:  v = qkv[t] + bias (bias may be null); for each head of Q and K and i < D/2, with cos and
-//            sin from rope_table[positions[t]]:
-//                low' = low cos - high sin, high' = high cos + low sin   (low = v[i], high = v[i+D/2])
+// computes:  v = qkv[t] + bias (bias may be null); for each head of Q and K and i < D/2, with cos
+//            and sin from rope_table[positions[t]], low = v[i] and high = v[i + D/2]:
+//                low' = low cos - high sin, high' = high cos + low sin
 //            Q' -> q[t]; K' and V -> the cache slot slot_mapping[t]; all rounded to fp16.
-//            A negative slot writes no cache.
+//            A negative slot writes no cache. A V that fp16 cannot hold is cached as 0 and its pair
+//            in K as NaN: who sees the key gets NaN, and attention's 0 * V is 0 for who does not.
 // layout:    qkv (T, (H + 2 Hkv) D) fp32: Q heads, K heads, V heads; bias ((H + 2 Hkv) D,) fp32;
 //            rope_table (positions, 2, D/2) fp32; q (T, H, D) fp16;
-//            keys, values (num_blocks, Hkv, 64, D) fp16; slot = block * 64 + offset; D a multiple of 8
-// mapping:   block (t, j) owns THREADS of token t's units; a unit is 4 pairs of one head
+//            keys, values (num_blocks, Hkv, 64, D) fp16; slot = block * 64 + offset; D a multiple
+//            of 8
+// mapping:   block (t, j) owns THREADS of token t's units: 4 pairs of one Q head, or of one K head
+//            and its V
 // macros:    NUM_HEADS (H), NUM_KV_HEADS (Hkv), HEAD_DIM (D), THREADS
 // bound by:  bytes: T (H + 2 Hkv) D (4 + 2)
 // order:     no reduction
@@ -21,18 +24,41 @@ constexpr int HALF = HEAD_DIM / 2;
 constexpr int UNITS = HEAD_DIM / 8;  // per head
 constexpr int HEADS = NUM_HEADS + 2 * NUM_KV_HEADS;
 
-__device__ __forceinline__ float4 add(float4 a, float4 b) {
-    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
+// The 4 pairs (i, i + D/2) of one unit.
+struct Pairs {
+    float low[4], high[4];
 
-__device__ __forceinline__ uint2 pack(float4 v) {
-    return make_uint2(to_f16x2(v.x, v.y), to_f16x2(v.z, v.w));
-}
+    __device__ __forceinline__ Pairs(const float* source, const float* bias) {
+        load(low, source, bias);
+        load(high, source + HALF, bias ? bias + HALF : nullptr);
+    }
+    static __device__ __forceinline__ void load(float (&x)[4], const float* source,
+                                                const float* bias) {
+        const float4 v = *(const float4*)source;
+        const float4 b = bias ? *(const float4*)bias : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        x[0] = v.x + b.x, x[1] = v.y + b.y, x[2] = v.z + b.z, x[3] = v.w + b.w;
+    }
+    __device__ __forceinline__ void rotate(const float* table) {
+        const Pairs turn(table, nullptr);  // cosines, sines
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float l = low[i], h = high[i];
+            low[i] = __fmaf_rn(l, turn.low[i], -__fmul_rn(h, turn.high[i]));
+            high[i] = __fmaf_rn(h, turn.low[i], __fmul_rn(l, turn.high[i]));
+        }
+    }
+    static __device__ __forceinline__ uint2 pack(const float (&x)[4]) {
+        return make_uint2(to_f16x2(x[0], x[1]), to_f16x2(x[2], x[3]));
+    }
+    __device__ __forceinline__ void store(f16* target) const {
+        *(uint2*)target = pack(low);
+        *(uint2*)(target + HALF) = pack(high);
+    }
+};
 
-__device__ __forceinline__ void rotate(float& low, float& high, float cosine, float sine) {
-    const float l = low, h = high;
-    low = __fmaf_rn(l, cosine, -__fmul_rn(h, sine));
-    high = __fmaf_rn(h, cosine, __fmul_rn(l, sine));
+// Moves what fp16 cannot hold from value to key, where it is NaN.
+__device__ __forceinline__ void move_overflow(float& value, float& key) {
+    if (!(fabsf(value) < 65520.0f)) value = 0.0f, key = as_float(0x7fffffffu);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -42,38 +68,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                    f16* __restrict__ keys, f16* __restrict__ values) {
     const size_t t = blockIdx.x;
     const int unit = blockIdx.y * THREADS + threadIdx.x;
-    if (unit >= HEADS * UNITS) return;
+    if (unit >= (NUM_HEADS + NUM_KV_HEADS) * UNITS) return;
     const int head = unit / UNITS;
     const int i = unit % UNITS * 4;
+    const int column = head * HEAD_DIM + i;
+    const float* row = qkv + t * HEADS * HEAD_DIM;
 
-    const float* source = qkv + (t * HEADS + head) * HEAD_DIM + i;
-    float4 low = *(const float4*)source;
-    float4 high = *(const float4*)(source + HALF);
-    if (bias) {
-        low = add(low, *(const float4*)(bias + head * HEAD_DIM + i));
-        high = add(high, *(const float4*)(bias + head * HEAD_DIM + i + HALF));
-    }
-    if (head < NUM_HEADS + NUM_KV_HEADS) {
-        const float* row = rope_table + (size_t)positions[t] * HEAD_DIM + i;
-        const float4 cosine = *(const float4*)row;
-        const float4 sine = *(const float4*)(row + HALF);
-        rotate(low.x, high.x, cosine.x, sine.x);
-        rotate(low.y, high.y, cosine.y, sine.y);
-        rotate(low.z, high.z, cosine.z, sine.z);
-        rotate(low.w, high.w, cosine.w, sine.w);
-    }
-
-    f16* target;
+    Pairs rotated(row + column, bias ? bias + column : nullptr);
+    rotated.rotate(rope_table + (size_t)positions[t] * HEAD_DIM + i);
     if (head < NUM_HEADS) {
-        target = q + (t * NUM_HEADS + head) * HEAD_DIM;
-    } else {
-        const i32 slot = slot_mapping[t];
-        if (slot < 0) return;
-        const bool is_key = head < NUM_HEADS + NUM_KV_HEADS;
-        const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
-        const size_t row = ((size_t)(slot / BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE;
-        target = (is_key ? keys : values) + (row + slot % BLOCK_SIZE) * HEAD_DIM;
+        rotated.store(q + (t * NUM_HEADS + head) * HEAD_DIM + i);
+        return;
     }
-    *(uint2*)(target + i) = pack(low);
-    *(uint2*)(target + i + HALF) = pack(high);
+    const i32 slot = slot_mapping[t];
+    if (slot < 0) return;
+    const int value_column = column + NUM_KV_HEADS * HEAD_DIM;
+    Pairs value(row + value_column, bias ? bias + value_column : nullptr);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        move_overflow(value.low[j], rotated.low[j]);
+        move_overflow(value.high[j], rotated.high[j]);
+    }
+    const size_t tile = (size_t)(slot / BLOCK_SIZE) * NUM_KV_HEADS + head - NUM_HEADS;
+    const size_t place = (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + i;
+    rotated.store(keys + place);
+    value.store(values + place);
 }

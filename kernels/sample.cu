@@ -2,13 +2,15 @@
 //
 // computes:  what orcd_batch/backend/numpy_sampler.py specifies, bit for bit (token, margin,
 //            fingerprint, finite); logprob = (raw[token] - max) - log(sum of exp(raw - max))
-// layout:    logits (R, V) fp32; temperature, top_p, min_p, repetition_penalty (R,) fp32; top_k (R,) i32;
-//            seed, stream (R,) u64; position (R,) u32; seen_ids (S,) and seen_start (R + 1,) i32;
+// layout:    logits (R, V) fp32; temperature, top_p, min_p, repetition_penalty (R,) fp32; top_k
+//            (R,) i32; seed, stream (R,) u64; position (R,) u32; seen_ids (S,) and seen_start
+//            (R + 1,) i32;
 //            results: token_ids (R,) i32, logprobs and margins (R,) fp32, fingerprints (R,) i64,
 //            finite (R,) i32
-// mapping:   V is cut into 4 parts, or 8 beyond 65,536 tokens. A cluster of as many blocks owns a row,
-//            a block keeps its part's values in shared memory (sm_90 and later); with GENERIC=1, and
-//            before sm_90, one block owns a row and reads the parts one after another from memory.
+// mapping:   V is cut into 4 parts, or 8 beyond 65,536 tokens. A cluster of as many blocks owns a
+//            row, a block keeps its part's values in shared memory (sm_90 and later); with
+//            GENERIC=1, and before sm_90, one block owns a row and reads the parts one after
+//            another from memory.
 // macros:    VOCAB (V, at most 2^18), GENERIC
 // bound by:  bytes (R V 4) when greedy; with noise, integer and fp32 arithmetic
 // order:     everything but logprob is exact: integers, maxima with ties to the lowest id, and fp32
@@ -31,7 +33,7 @@ constexpr int NUM_WARPS = THREADS / WARP;
 constexpr int PARTS = VOCAB <= 65536 ? 4 : 8;
 constexpr int PART = (VOCAB + PARTS - 1) / PARTS;
 constexpr int HELD = CLUSTERED ? PART : VOCAB;  // ids that one block answers for
-constexpr int SEGMENT = 16384;                  // ids after which the histogram's counters could overflow
+constexpr int SEGMENT = 16384;                  // ids whose weights the counters can hold
 constexpr int WEIGHT_SPLIT = 17;                // bits of a weight in the low counter
 constexpr int NO_ID = 0x7fffffff;
 constexpr float FLOAT_MAX = 3.40282346638528859812e+38f;
@@ -42,7 +44,7 @@ static_assert(VOCAB <= 1 << 18, "the sampler's sums are exact up to 2^18 tokens"
 
 __device__ __forceinline__ float minus_infinity() { return as_float(0xff800000u); }
 
-// --- exp, log, random words: elementary.py and philox.py, operation by operation --------------------
+// --- exp, log, random words: elementary.py and philox.py, operation by operation ---------------
 
 __device__ __forceinline__ float exp_fixed(float z) {
     if (z < -86.0f) return 0.0f;
@@ -104,7 +106,7 @@ __device__ __forceinline__ u64 hash_factor(int id) {
     return (s ^ s >> 31) | 1;
 }
 
-// --- the blocks of a row --------------------------------------------------------------------------
+// --- the blocks of a row -----------------------------------------------------------------------
 
 __device__ __forceinline__ int first_part() { return CLUSTERED ? blockIdx.x % PARTS : 0; }
 __device__ __forceinline__ int past_last_part() { return CLUSTERED ? first_part() + 1 : PARTS; }
@@ -229,7 +231,7 @@ __device__ __forceinline__ T reduce_parts(const T* slots) {
     return value;
 }
 
-// --- the row ----------------------------------------------------------------------------------------
+// --- the row -----------------------------------------------------------------------------------
 
 struct Row {
     const float* logits;
@@ -243,7 +245,8 @@ struct Row {
         if (penalty == 1.0f) return raw;
         const int i = id - origin;
         float l = raw;
-        if (seen[i / 32] >> (i % 32) & 1) l = l > 0.0f ? __fdiv_rn(l, penalty) : __fmul_rn(l, penalty);
+        if (seen[i / 32] >> (i % 32) & 1)
+            l = l > 0.0f ? __fdiv_rn(l, penalty) : __fmul_rn(l, penalty);
         return fminf(fmaxf(l, -FLOAT_MAX), FLOAT_MAX);
     }
     // |z| as its bits: z <= 0, so a larger pattern is a less likely token.
@@ -268,7 +271,8 @@ __device__ __forceinline__ int part_begin(int part) { return min(part * PART, VO
 template <class Use>
 __device__ __forceinline__ void for_each_id(Use use) {
     for (int part = first_part(); part < past_last_part(); ++part)
-        for (int id = part_begin(part) + threadIdx.x; id < part_begin(part + 1); id += THREADS) use(id);
+        for (int id = part_begin(part) + threadIdx.x; id < part_begin(part + 1); id += THREADS)
+            use(id);
 }
 
 __device__ __forceinline__ void mark_seen(Row& row, const i32* ids, int count) {
@@ -281,7 +285,7 @@ __device__ __forceinline__ void mark_seen(Row& row, const i32* ids, int count) {
     __syncthreads();
 }
 
-// --- selection: where a running sum over the candidates, in their order, reaches a target -----------
+// --- selection: where a running sum over the candidates, in their order, reaches a target ------
 
 // The candidates: ids whose (distance, id) is at most this pair.
 struct Limit {
@@ -302,8 +306,8 @@ struct Histogram {
     int turn;
 };
 
-// One pass: the bins' sums over the whole row, thread b has bin b. bin_of(id, weight) gives the bin,
-// or -1, and sets the weight.
+// One pass: the bins' sums over the whole row, thread b has bin b. bin_of(id, weight) gives the
+// bin, or -1, and sets the weight.
 template <class BinOf>
 __device__ __forceinline__ u64 count_bins(Histogram& h, int turn, BinOf bin_of) {
     u64 mine = 0;
@@ -356,7 +360,8 @@ __device__ __forceinline__ u64 running_sum(Histogram& h, u64 value, u64& all) {
 }
 
 // The bin that takes the running sum from below `target` to it or beyond, into h.
-__device__ __forceinline__ void find_bin(Histogram& h, u64 bin_sum, u64 running, u64 before, u64 target) {
+__device__ __forceinline__ void find_bin(Histogram& h, u64 bin_sum, u64 running, u64 before,
+                                         u64 target) {
     const u64 start = before + running - bin_sum;
     if (start < target && target <= start + bin_sum)
         h.bin = threadIdx.x, h.before = start, h.at = bin_sum;
@@ -392,8 +397,8 @@ __device__ __forceinline__ u32 linear_bin_begin(int bin) {
     return bin < THREADS ? as_bits(__fmul_rn((float)bin, 0.0625f)) : 0x7f800001u;
 }
 
-// The tightest limit within `limit` whose candidates' weights reach the target; weights are 1 (top-k)
-// or the probabilities as integers (top-p), target_of(total) gives the target.
+// The tightest limit within `limit` whose candidates' weights reach the target; weights are 1
+// (top-k) or the probabilities as integers (top-p), target_of(total) gives the target.
 template <bool WEIGHTED, class TargetOf>
 __device__ __forceinline__ Limit select(Histogram& h, int& turn, const Row& row, Limit limit,
                                         TargetOf target_of) {
@@ -449,7 +454,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTERED ? 2 : 1)
     row.seen = shared;
     row.held = (float*)(shared + (HELD + 31) / 32);
     row.origin = CLUSTERED ? part_begin(first_part()) : 0;
-    if (row.penalty != 1.0f) mark_seen(row, seen_ids + seen_start[r], seen_start[r + 1] - seen_start[r]);
+    if (row.penalty != 1.0f)
+        mark_seen(row, seen_ids + seen_start[r], seen_start[r + 1] - seen_start[r]);
 
     for (int part = first_part(); part < past_last_part(); ++part) {
         Stats stats = Stats::none();

@@ -28,7 +28,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     swiglu(const float* __restrict__ gate_up, f16* __restrict__ y, int num_tokens) {
     const size_t unit = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (unit >= (size_t)num_tokens * UNITS) return;
-    const float4* gate = (const float4*)(gate_up + unit / UNITS * 2 * INTERMEDIATE) + unit % UNITS * 2;
+    const float* row = gate_up + unit / UNITS * 2 * INTERMEDIATE;
+    const float4* gate = (const float4*)row + unit % UNITS * 2;
     const float4* up = gate + INTERMEDIATE / 4;
     const uint2 first = gated_four(gate[0], up[0]);
     const uint2 second = gated_four(gate[1], up[1]);

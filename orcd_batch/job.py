@@ -190,7 +190,7 @@ class Run:
         ids = completion.token_ids
         if ids and ids[-1] in self._tokenizer.stop_token_ids:
             ids = ids[:-1]
-        return cut_at_stop(self._tokenizer.decode(ids), stop)
+        return cut_at_stop(self._tokenizer.decode(ids, after=completion.prompt_token_ids[-1]), stop)
 
     def _failed(self, row: InputRow, sample: int, reason: str) -> SampleResult:
         if self._raise_errors:

@@ -74,7 +74,7 @@ class RequestBuilder:
                 params=params,
                 stream=stream_digest(row.id, sample),
                 stop_token_ids=stop_ids,
-                make_stop_check=self._stop_check(params.stop),
+                make_stop_check=self._stop_check(params.stop, prompt[-1]),
             )
             for sample in range(params.n)
         ]
@@ -93,7 +93,7 @@ class RequestBuilder:
         assert self._template is not None, "messages without a chat template"
         return self._tokenizer.encode(self._template.render(messages), add_bos=False)
 
-    def _stop_check(self, stop: tuple[str, ...]) -> Callable[[], StopCheck] | None:
+    def _stop_check(self, stop: tuple[str, ...], after: int) -> Callable[[], StopCheck] | None:
         if not stop:
             return None
-        return lambda: StopStringCheck(self._tokenizer, stop)
+        return lambda: StopStringCheck(self._tokenizer, stop, after)

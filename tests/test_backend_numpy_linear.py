@@ -7,18 +7,18 @@ import pytest
 from numpy.typing import NDArray
 
 from orcd_batch.backend import numpy_linear
+from orcd_batch.backend.blas_limit import BlasLimit
 from orcd_batch.backend.numpy_linear import PanelWeight, Plan, TileShape, choose_plan, linear
-from orcd_batch.backend.numpy_threads import Workers, limit_blas_to_one_thread
+from orcd_batch.backend.numpy_threads import Workers
 
 Floats = NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
 def blas_kernel() -> Iterator[str]:
-    limiter, kernel = limit_blas_to_one_thread()
-    yield kernel
-    if limiter is not None:
-        limiter.restore_original_limits()
+    limit = BlasLimit()
+    yield limit.kernel
+    limit.release()
 
 
 def normal(*shape: int, seed: int = 0) -> Floats:

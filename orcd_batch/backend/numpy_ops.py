@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from orcd_batch.backend.blas_limit import BlasLimit
+from orcd_batch.backend.numpy_arena import Arena
 from orcd_batch.backend.numpy_attention import Group, attention, choose_tile_tokens, plan_groups
 from orcd_batch.backend.numpy_dequantize import dequantize_rows, dequantize_vector, row_chunks
 from orcd_batch.backend.numpy_linear import PanelWeight, Plan, choose_plan, linear
 from orcd_batch.backend.numpy_sampler import MAX_VOCAB_SIZE, RowResult, sample_row
-from orcd_batch.backend.numpy_threads import Task, Workers, limit_blas_to_one_thread
+from orcd_batch.backend.numpy_threads import Task, Workers
 from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, SampleBatch, Sampled, TensorPart
 from orcd_batch.errors import CheckpointError, ClosedError
 
@@ -41,7 +43,9 @@ class NumpyOps:
 
     def __init__(self, num_threads: int = 0) -> None:
         self._workers = Workers(num_threads)
-        self._limiter, self.blas_kernel = limit_blas_to_one_thread()
+        self._blas_limit = BlasLimit()
+        self.blas_kernel = self._blas_limit.kernel
+        self._arena = Arena()
         self._plans: dict[int, Plan] = {}
         self._tile_tokens: dict[tuple[int, int], tuple[int, int]] = {}
         self._closed = False
@@ -73,7 +77,7 @@ class NumpyOps:
         num_rows = sum(part.shape[0] for part in parts)
         plan = self._plan(row_length)
         padding = -num_rows % plan.tile.panel_rows
-        rows = np.empty((num_rows + padding, row_length), np.float32)
+        rows = self._arena.empty(num_rows + padding, row_length)
         rows[num_rows:] = 0.0
         tasks: list[Task] = []
         offset = 0
@@ -93,11 +97,11 @@ class NumpyOps:
     def allocate_kv_cache(
         self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int
     ) -> list[KVCache]:
-        shape = (num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
-        return [
-            KVCache(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-            for _ in range(num_layers)
-        ]
+        # One block's keys and values of all layers lie together, so that memory is touched, and
+        # taken from the system, a block at a time.
+        shape = (num_blocks, num_layers, 2, num_kv_heads, BLOCK_SIZE, head_dim)
+        blocks = np.zeros(shape, np.float32)
+        return [KVCache(blocks[:, i, 0], blocks[:, i, 1]) for i in range(num_layers)]
 
     def place(self, batch: Batch) -> PlacedBatch:
         if self._closed:
@@ -202,8 +206,7 @@ class NumpyOps:
             return
         self._closed = True
         self._workers.close()
-        if self._limiter is not None:
-            self._limiter.restore_original_limits()
+        self._blas_limit.release()
 
     def _plan(self, k: int) -> Plan:
         if k not in self._plans:

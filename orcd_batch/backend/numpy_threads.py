@@ -1,4 +1,4 @@
-"""Persistent threads that share out a step's work, and BLAS held to one thread per call."""
+"""Persistent threads that share out a step's work."""
 
 import os
 from collections import deque
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Any
 
 import numpy as np
 
@@ -94,18 +93,3 @@ def _serve(jobs: "SimpleQueue[_Job | None]") -> None:
     while (job := jobs.get()) is not None:
         job.work()
         del job
-
-
-def limit_blas_to_one_thread() -> tuple[Any, str]:
-    """Keeps each BLAS call on its calling thread, process-wide, until the limiter is restored.
-
-    Returns (limiter with `restore_original_limits()`, or None; BLAS kernel type such as
-    "SkylakeX", or "" when threadpoolctl is missing or does not know it).
-    """
-    try:
-        import threadpoolctl
-    except ImportError:
-        return None, ""
-    limiter = threadpoolctl.threadpool_limits(1, user_api="blas")
-    libraries = [info for info in threadpoolctl.threadpool_info() if info["user_api"] == "blas"]
-    return limiter, str(libraries[0].get("architecture", "")) if libraries else ""

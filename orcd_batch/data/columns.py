@@ -68,7 +68,7 @@ def choose_columns(schema: Any, options: DatasetOptions) -> Columns:
     repeated = [name for name, count in Counter(schema.names).items() if count > 1]
     if repeated:
         raise InputError(
-            f"The input has several columns named {repeated[0]}: rename them apart in the file."
+            f"The input has several columns named {listed(repeated[:1])}: rename them in the file."
         )
     kind, column = _input_column(schema, options)
     id_column = _id_column(schema, options)
@@ -99,7 +99,7 @@ def _input_column(schema: Any, options: DatasetOptions) -> tuple[InputKind, str]
         looked_for = ", ".join(name for name in wanted.values() if name is not None)
         raise InputError(
             f"The input has none of the columns {looked_for or '(all three are turned off)'}; "
-            f"it has {_listed(schema)}: name one with dataset.prompt_column, "
+            f"it has {listed(schema.names)}: name one with dataset.prompt_column, "
             "dataset.messages_column or dataset.token_ids_column."
         )
     if len(chosen) > 1:
@@ -176,12 +176,14 @@ def _check_exist(schema: Any, option: str, names: Sequence[str]) -> None:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(
             f"{option} names the column {missing[0]}, which the input lacks{hint}: "
-            f"it has {_listed(schema)}."
+            f"it has {listed(schema.names)}."
         )
 
 
-def _listed(schema: Any) -> str:
-    return ", ".join(schema.names) or "no columns"
+def listed(names: Sequence[str]) -> str:
+    """Column names for a sentence; those that would break a line are quoted."""
+    shown = [name if name.isprintable() else repr(name) for name in names]
+    return ", ".join(shown) or "no columns"
 
 
 def _is_list(data_type: Any) -> bool:

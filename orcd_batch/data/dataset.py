@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from orcd_batch.data.columns import Columns, DatasetOptions, InputKind, choose_columns
+from orcd_batch.data.columns import Columns, DatasetOptions, InputKind, choose_columns, listed
 from orcd_batch.data.content_hash import content_hash
 from orcd_batch.data.input_files import find_files
 from orcd_batch.data.location import Location
@@ -214,8 +214,8 @@ def _agreed(schema: Any, parquet: ParquetInput, first: _InputFile) -> Any:
     found = parquet.schema
     if schema.names != found.names:
         raise InputError(
-            f"{parquet.location} has the columns {', '.join(found.names)} where "
-            f"{first.location} has {', '.join(schema.names)}: files read together need one schema."
+            f"{parquet.location} has the columns {listed(found.names)} where "
+            f"{first.location} has {listed(schema.names)}: files read together need one schema."
         )
     fields = []
     for ours, theirs in zip(schema, found, strict=True):

@@ -16,7 +16,7 @@ _FOOTER_SHAPE = {4: [{1: [{3: _CHUNK_SHAPE}]}]}
 _PAGE_SHAPE = {2: None, 3: None}
 
 # The largest factor by which a codec can expand a page: uncompressed, snappy, gzip, lz4, lz4_raw.
-# Others (zstd, brotli) reach tens of thousands on constant data.
+# Others (zstd, brotli) reach tens of thousands on constant data; more is refused.
 _MAX_EXPANSION = {0: 1, 1: 64, 2: 1_100, 5: 256, 7: 256}
 _MAX_EXPANSION_OTHERWISE = 50_000
 _SMALL_PAGE_BYTES = 2**20
@@ -25,9 +25,9 @@ _MAX_HEADER_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class ColumnChunk:
-    """One leaf column of one row group. column: the name of the top-level column it belongs to."""
+    """One leaf column of one row group. path: its dotted name, as the chunk itself says."""
 
-    column: str
+    path: str
     codec: int
     start: int
     size: int
@@ -60,13 +60,13 @@ def check_pages(source: Any, chunks: Collection[ColumnChunk]) -> None:
             position += header_size + max(0, compressed)
             if uncompressed < 0 or compressed < 0 or position > end:
                 raise ValueError(
-                    f"a page of the column {chunk.column} claims {compressed} bytes and leaves "
+                    f"a page of the column {chunk.path} claims {compressed} bytes and leaves "
                     f"its column chunk, which ends at byte {end}"
                 )
             factor = _MAX_EXPANSION.get(chunk.codec, _MAX_EXPANSION_OTHERWISE)
             if uncompressed > _SMALL_PAGE_BYTES + factor * compressed:
                 raise ValueError(
-                    f"a page of the column {chunk.column} claims to expand from {compressed} to "
+                    f"a page of the column {chunk.path} claims to expand from {compressed} to "
                     f"{uncompressed} bytes"
                 )
 
@@ -83,8 +83,7 @@ def _column_chunk(metadata: dict[int, Any] | None, data_size: int) -> ColumnChun
             f"the column {path} claims bytes {start} to {start + size} where the data ends at "
             f"byte {data_size}"
         )
-    column = metadata[3][0].decode("utf-8", "replace") if metadata.get(3) else ""
-    return ColumnChunk(column, metadata.get(4, 0), start, size)
+    return ColumnChunk(path, metadata.get(4, 0), start, size)
 
 
 def _page_header(source: Any, position: int, end: int) -> tuple[dict[int, Any], int]:

@@ -58,7 +58,7 @@ class ParquetInput:
         where = f"Row group {row_group} of {self.location}"
         num_rows = 0
         with reported_as(InputError, f"{where} cannot be read"):
-            self._check_pages(row_group, columns)
+            self._check_pages(row_group)
             size = self._batch_size(row_group)
             reader = self._parquet.iter_batches(size, [row_group], list(columns))
         while True:
@@ -94,7 +94,7 @@ class ParquetInput:
             raise ValueError(f"its footer claims {footer_size} bytes of a file of {file_size}")
         return int(footer_size)
 
-    def _check_pages(self, row_group: int, columns: Sequence[str]) -> None:
+    def _check_pages(self, row_group: int) -> None:
         """Local files only: on an object store it would take a request per page."""
         if not self.location.local:
             return
@@ -105,8 +105,7 @@ class ParquetInput:
             self._chunks = column_chunks(footer, file_size)
         if len(self._chunks) != len(self._row_group_sizes):
             raise ValueError(f"its footer lists {len(self._chunks)} row groups")
-        wanted = set(columns)
-        check_pages(self._source, [c for c in self._chunks[row_group] if c.column in wanted])
+        check_pages(self._source, self._chunks[row_group])
 
     def _check_row_counts(self) -> None:
         metadata = self.metadata

@@ -49,7 +49,7 @@ class _Reader:
             field = field + delta if delta else self._signed()
             if field not in shape:
                 self._skip(kind, depth, in_field=True)
-            elif kind in _INTEGERS:
+            elif kind in _INTEGERS and shape[field] is None:
                 found[field] = self._signed()
             elif kind == _STRUCT and isinstance(shape[field], Mapping):
                 found[field] = self.struct(shape[field], depth + 1)

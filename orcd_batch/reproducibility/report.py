@@ -74,10 +74,10 @@ def as_dict(found: Report) -> dict[str, Any]:
 
 
 def render(found: Report) -> Any:
-    """A rich renderable: a table of the runs, what their sampling differs in, their agreement."""
+    """A rich renderable: the runs, their results beside what their sampling differs in, agreement."""
     from rich.console import Group
 
-    parts = [_runs_table(found)]
+    parts = [_runs_table(found), _results_table(found)]
     if found.agreements:
         parts.append(_agreement_table(found))
     return Group(*parts)
@@ -133,23 +133,31 @@ def _agreements(outputs: Sequence[RunOutput]) -> list[Agreement]:
 
 
 def _runs_table(found: Report) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    varying = _varying_sampling(found.runs)
-    table = Table(title="Runs", title_justify="left")
-    for name in ("#", "run", "model", "engine", *varying, "rows", "errors", "finish", "tokens"):
-        table.add_column(name)
-    for name in ("tok/s", "tokens/row", "logprob/token", "run hash"):
-        table.add_column(name)
+    """What each run was: one line a run, so that long paths and hashes have room."""
+    table = _table("Runs", ("#", "run", "model", "engine", "run hash"))
     for number, run in enumerate(found.runs):
-        cells = [str(number), run.path, run.model or "–", run.engine or "–"]
-        cells += [shortened(run.sampling.get(name)) for name in varying]
-        cells += [f"{run.num_rows:,}", _counted(run.errors) or "0", _counted(run.finish_reasons)]
-        cells += [f"{run.num_tokens:,}", _rounded(run.tokens_per_s, 1)]
-        cells += [_rounded(run.mean_tokens, 1), _rounded(run.mean_logprob, 4)]
-        cells.append((run.run_hash or "–")[:12])
-        table.add_row(*map(Text, cells))
+        _add(table, number, run.path, run.model, run.engine, (run.run_hash or "–")[:12])
+    return table
+
+
+def _results_table(found: Report) -> Any:
+    """What each run gave, in numbers."""
+    varying = _varying_sampling(found.runs)
+    names = ("rows", "errors", "finish", "tokens", "tok/s", "tokens/row", "logprob/token")
+    table = _table("Results", ("#", *varying, *names))
+    for number, run in enumerate(found.runs):
+        _add(
+            table,
+            number,
+            *(shortened(run.sampling.get(name)) for name in varying),
+            f"{run.num_rows:,}",
+            _counted(run.errors) or "0",
+            _counted(run.finish_reasons),
+            f"{run.num_tokens:,}",
+            _rounded(run.tokens_per_s, 1),
+            _rounded(run.mean_tokens, 1),
+            _rounded(run.mean_logprob, 4),
+        )
     return table
 
 
@@ -161,19 +169,31 @@ def _varying_sampling(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def _agreement_table(found: Report) -> Any:
-    from rich.table import Table
-
-    table = Table(title="Agreement of shared samples", title_justify="left")
-    for name in ("runs", "shared", "same tokens", "same bits"):
-        table.add_column(name, justify="right")
+    table = _table("Agreement of shared samples", ("runs", "shared", "same tokens", "same bits"))
     for pair in found.agreements:
-        table.add_row(
+        _add(
+            table,
             f"{pair.a} and {pair.b}",
             f"{pair.num_shared:,}",
             _share(pair.num_same_tokens, pair.num_shared),
             _share(pair.num_same_bits, pair.num_shared),
         )
     return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _add(table: Any, *cells: object) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text("–" if cell is None else str(cell)) for cell in cells))
 
 
 def _counted(counts: dict[str, int]) -> str:

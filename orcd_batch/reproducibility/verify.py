@@ -152,20 +152,15 @@ def match(a: NDArray[Any], b: NDArray[Any]) -> Match:
 def explaining_differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """The manifest fields that differ, without those that follow from the run itself.
 
-    An option that stands in the job's identity and in the config is named once.
+    A fact that the manifest states in several places (the job's identity, the config) is named
+    once: the same last name with the same two values.
     """
-    found = [
-        difference
-        for difference in differences(a, b)
-        if not _NOT_EXPLAINING.intersection(difference[0].split("."))
-        and not difference[0].endswith(_NOT_EXPLAINING_ENDINGS)
-    ]
-    names = {name for name, _, _ in found}
-    return [
-        difference
-        for difference in found
-        if "identity." + difference[0].removeprefix("config.") not in names - {difference[0]}
-    ]
+    found: dict[tuple[str, str], tuple[str, Any, Any]] = {}
+    for name, ours, theirs in differences(a, b):
+        parts = name.split(".")
+        if not _NOT_EXPLAINING.intersection(parts) and not name.endswith(_NOT_EXPLAINING_ENDINGS):
+            found.setdefault((parts[-1], repr((ours, theirs))), (name, ours, theirs))
+    return list(found.values())
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:

@@ -101,9 +101,11 @@ class TemplateProcess:
     def _read(self, count: int, deadline: float) -> bytes:
         assert self._process.stdout is not None
         stream = self._process.stdout.fileno()
+        answers = select.poll()
+        answers.register(stream, select.POLLIN)
         pieces = []
         while count > 0:
-            if not select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not answers.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise WorkerDied(True, None)
             piece = os.read(stream, min(count, 1 << 20))
             if not piece:

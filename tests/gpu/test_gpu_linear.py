@@ -88,6 +88,30 @@ def test_an_algorithm_that_disagrees_is_dropped(device: Any) -> None:
     staging.close()
 
 
+def test_the_self_test_finds_algorithm_16_by_itself(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orcd_batch.backend.cuda import cublas
+    from orcd_batch.backend.cuda.array import FP32
+    from orcd_batch.backend.cuda.program import Kernels
+    from orcd_batch.backend.cuda.self_test import SelfTest
+    from orcd_batch.backend.cuda.staging import Staging
+    from orcd_batch.backend.cuda.workspace import Workspace
+
+    monkeypatch.setattr(cublas, "EXCLUDED_IDS", frozenset())
+    kernels, workspace = Kernels(device), Workspace(device)
+    staging, library = Staging(device, workspace), cublas.CublasLt(device)
+    _, w = operands(1, 896, 4864)
+    (weight,) = staging.place("w", [w])
+    test = SelfTest(device, kernels, [weight], workspace.take("y", (16, 896), FP32))
+    if not [a for a in library.candidates(16, w.shape) if a.config["ID"] == 16]:
+        pytest.skip("this cuBLASLt does not offer algorithm 16 for this shape")
+    best, _ = test.choose(library, 9, 16)
+    assert best is None or best.config["ID"] != 16
+    for resource in (test, library, staging):
+        resource.close()
+
+
 class _WrongLibrary:
     """Offers one algorithm that writes nothing and one that refuses."""
 

@@ -1,6 +1,7 @@
 """Every op on the GPU against its numpy twin, in the order of the ops protocol."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,40 @@ def test_rope_and_cache_takes_no_bias_and_skips_padding_tokens(ops: Any) -> None
     keys[0, 0, 5] = values[0, 0, 5] = 0.0
     assert not keys.any()
     assert not values.any()
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 65520.0, -1e30])
+def test_a_value_beyond_fp16_reaches_who_sees_it_and_nobody_else(ops: Any, bad: float) -> None:
+    length, at, dim = 100, 70, 64
+    qkv = normal([20], length, 3 * dim)
+    still = np.tile(np.stack([np.ones(32), np.zeros(32)]), (length, 1, 1)).astype(np.float32)
+    batch = ops.place(
+        Batch(
+            token_ids=np.zeros(length, np.int32),
+            positions=np.arange(length, dtype=np.int32),
+            slot_mapping=np.arange(length, dtype=np.int32),
+            query_start=np.array([0, length], np.int32),
+            context_lens=np.array([length], np.int32),
+            block_tables=np.array([[0, 1]], np.int32),
+            logits_rows=np.zeros(0, np.int32),
+        )
+    )
+    zeros = np.zeros((2, 1, BLOCK_SIZE, dim), np.float16)
+    cache = KVCache(put(ops, "keys", zeros), put(ops, "values", zeros))
+    table = put(ops, "table", still)
+
+    def run() -> Floats:
+        q = ops.rope_and_cache(put(ops, "qkv", qkv), None, table, cache, batch)
+        return ops.to_host(ops.attention(q, cache, batch, 0))
+
+    expected = run()
+    qkv[at, 2 * dim + 5] = bad
+    actual = run()
+    np.testing.assert_array_equal(actual[:at], expected[:at])
+    assert np.isnan(actual[at:]).any(axis=1).all()
+    assert np.isfinite(ops.to_host(cache.values)).all()
+    qkv[at, 2 * dim + 5] = 65519.0 * np.sign(bad) if bad == bad else 1.0
+    assert np.isfinite(run()).all()
 
 
 SEQUENCES = [
@@ -372,3 +407,42 @@ def test_a_vocabulary_beyond_the_samplers_sums_is_refused(ops: Any) -> None:
     logits = np.zeros((1, (1 << 18) + 1), np.float32)
     with pytest.raises(DeviceError, match="262,145 tokens"):
         ops.sample(put(ops, "logits", logits), sample_batch(1, 100, 8))
+
+
+def test_the_reserved_work_space_serves_the_largest_step() -> None:
+    from orcd_batch.backend.cuda.ops import CudaOps
+    from orcd_batch.backend.cuda.plan import ModelShape
+
+    tokens, rows, length, vocab_size = 300, 20, 700, 1000
+    problem = attention_problem(8, 2, 32, [(length, 1)] * 19 + [(281, 281)])
+    tables = np.ascontiguousarray(problem.batch.block_tables[:, :11])
+    batch = replace(problem.batch, block_tables=tables, logits_rows=np.arange(rows, dtype=np.int32))
+    seen = np.tile(np.arange(length, dtype=np.int32), rows)
+    start = np.arange(rows + 1, dtype=np.int32) * length
+    sampling = replace(
+        sample_batch(rows, vocab_size, 9, repetition_penalty=1.5), seen_ids=seen, seen_start=start
+    )
+    ops = CudaOps()
+    try:
+        x, weight = put(ops, "x", normal([21], tokens, 256)), put(ops, "w", normal([22], 256))
+        qkv, table = (
+            put(ops, "qkv", normal([23], tokens, 384)),
+            put(ops, "t", normal([24], 701, 32)),
+        )
+        gate_up = put(ops, "gate_up", normal([25], tokens, 1024))
+        logits = put(ops, "logits", normal([26], rows, vocab_size))
+        embedding = put(ops, "embedding", normal([27], 50, 256).astype(np.float16))
+        cache = KVCache(put(ops, "keys", problem.keys), put(ops, "values", problem.values))
+        ops.prepare(ModelShape(1, 256, 512, 8, 2, 32, vocab_size, length), tokens, rows)
+        placed = ops.place(batch)
+        ops.embedding(placed.token_ids, embedding)
+        q = ops.rope_and_cache(qkv, None, table, cache, placed)
+        ops.attention(q, cache, placed, 0)
+        ops.swiglu(gate_up)
+        normed = ops.add_rms_norm(x, x, weight, 1e-5)
+        assert ops.take_rows(normed, placed.logits_rows).shape == (rows, 256)
+        assert len(ops.sample(logits, sampling).token_ids) == rows
+        with pytest.raises(DeviceError, match="max_num_batched_tokens"):
+            ops.rms_norm(gate_up, weight, 1e-5)
+    finally:
+        ops.close()

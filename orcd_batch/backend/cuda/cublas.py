@@ -15,6 +15,7 @@ from orcd_batch.errors import DeviceError
 
 WORKSPACE_BYTES = 32 << 20
 EXCLUDED_IDS = frozenset({16})
+ANY_REDUCTION = 0x7
 
 _MAX_CANDIDATES = 16
 _POOL_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -59,7 +60,19 @@ class CublasLt:
         )
 
     def candidates(self, num_rows: int, weight_shape: tuple[int, int]) -> list[Algorithm]:
-        """What the heuristic offers for x (num_rows, K), w (N, K), without split-K.
+        """What may be run for x (num_rows, K), w (N, K): no split-K, no excluded algorithm."""
+        return [
+            algorithm
+            for algorithm in self.offers(num_rows, weight_shape, reductions=0)
+            if algorithm.config["SPLITK_NUM"] <= 1
+            and algorithm.config["REDUCTION_SCHEME"] == 0
+            and algorithm.config["ID"] not in EXCLUDED_IDS
+        ]
+
+    def offers(
+        self, num_rows: int, weight_shape: tuple[int, int], reductions: int
+    ) -> list[Algorithm]:
+        """What the heuristic offers; `reductions` is the mask of split-K schemes it may use.
 
         It knows the shapes it was tuned on better than others, so what it offers for nearby row
         counts is added: any algorithm can run any number of rows.
@@ -67,16 +80,10 @@ class CublasLt:
         near = [rows for rows in _POOL_ROWS if _is_near(rows, num_rows)]
         pool: dict[str, Algorithm] = {}
         for rows in (num_rows, *near):
-            for code in self._heuristic(rows, weight_shape):
+            for code in self._heuristic(rows, weight_shape, reductions):
                 if code.hex() not in pool:
                     pool[code.hex()] = self._describe(code)
-        return [
-            algorithm
-            for algorithm in pool.values()
-            if algorithm.config["SPLITK_NUM"] <= 1
-            and algorithm.config["REDUCTION_SCHEME"] == 0
-            and algorithm.config["ID"] not in EXCLUDED_IDS
-        ]
+        return list(pool.values())
 
     def run(
         self, algorithm: Algorithm, x: DeviceArray, weight: DeviceArray, y: DeviceArray
@@ -121,12 +128,14 @@ class CublasLt:
             self._lt.destroy(self._handle)
             self._handle = 0
 
-    def _heuristic(self, num_rows: int, weight_shape: tuple[int, int]) -> list[bytes]:
+    def _heuristic(
+        self, num_rows: int, weight_shape: tuple[int, int], reductions: int
+    ) -> list[bytes]:
         lt = self._lt
         preference = lt.matmul_preference_create()
         for name, value in (
             ("MAX_WORKSPACE_BYTES", np.array([WORKSPACE_BYTES], np.uint64)),
-            ("REDUCTION_SCHEME_MASK", np.array([0], np.uint32)),
+            ("REDUCTION_SCHEME_MASK", np.array([reductions], np.uint32)),
         ):
             attribute = lt.MatmulPreferenceAttribute[name]
             lt.matmul_preference_set_attribute(

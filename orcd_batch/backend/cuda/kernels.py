@@ -103,20 +103,22 @@ class ForwardKernels:
     ) -> DeviceArray:
         """(T, (H + 2 Hkv) D) fp32 -> rotated queries (T, H, D) fp16; K and V go to their slots.
 
-        A negative slot writes no cache: a padding token.
+        A negative slot writes no cache: a padding token. A V that fp16 cannot hold is cached as 0
+        and its K as NaN, so that it reaches those who see it and nobody else.
         """
         num_tokens, width = qkv.shape
         _, num_kv_heads, _, head_dim = cache.keys.shape
         num_heads = width // _vectorized("head dim", head_dim) - 2 * num_kv_heads
         q = self.workspace.take("q", (num_tokens, num_heads, head_dim), FP16)
-        threads = _warps(width // VECTOR, ELEMENTWISE_THREADS)
+        units = (num_heads + num_kv_heads) * head_dim // VECTOR
+        threads = _warps(units, ELEMENTWISE_THREADS)
         defines = {
             "NUM_HEADS": num_heads,
             "NUM_KV_HEADS": num_kv_heads,
             "HEAD_DIM": head_dim,
             "THREADS": threads,
         }
-        grid = (num_tokens, -(-(width // VECTOR) // threads))
+        grid = (num_tokens, -(-units // threads))
         places = (batch.positions, batch.slot_mapping)
         args = (qkv, bias or 0, rope_table, *places, q, cache.keys, cache.values)
         self._run("rope_and_cache", defines, grid, threads, args)

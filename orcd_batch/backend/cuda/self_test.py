@@ -57,7 +57,7 @@ class SelfTest:
     ) -> tuple[Algorithm | None, dict[str, Any]]:
         """The fastest candidate for `num_rows` whose bits equal gemm_k16's there and at
         `fewest_rows`, or None (gemm_k16 itself), and the record of the test."""
-        candidates = self._by_time(library, library.candidates(num_rows, self._shape), num_rows)
+        candidates = self.by_time(library, library.candidates(num_rows, self._shape), num_rows)
         row_counts = sorted({fewest_rows, num_rows})
         expected = [self._bits(rows, partial(gemm_k16, self._kernels)) for rows in row_counts]
         passed: list[Algorithm] = []
@@ -88,11 +88,7 @@ class SelfTest:
 
         return time_launches(self._device, record) / repeats
 
-    def close(self) -> None:
-        for buffer in (self._x, self._sum):
-            self._device.free(buffer)
-
-    def _by_time(
+    def by_time(
         self, library: CublasLt, algorithms: list[Algorithm], num_rows: int
     ) -> list[Algorithm]:
         """Those that run at all, fastest first after a short timing."""
@@ -102,6 +98,10 @@ class SelfTest:
                 seconds = self.time(num_rows, partial(library.run, algorithm), 3)
                 timed.append((seconds, algorithm))
         return [algorithm for _, algorithm in sorted(timed, key=lambda pair: pair[0])]
+
+    def close(self) -> None:
+        for buffer in (self._x, self._sum):
+            self._device.free(buffer)
 
     def _fastest(
         self, library: CublasLt, algorithms: list[Algorithm], num_rows: int
