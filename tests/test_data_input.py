@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orcd_batch.data import DatasetOptions, InputDataset
 from orcd_batch.data.input_files import find_files
-from orcd_batch.errors import InputError
+from orcd_batch.errors import InputError, OutputError
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> str:
@@ -282,6 +282,26 @@ def test_files_that_are_not_parquet_are_refused_in_a_sentence(tmp_path: Path) ->
     for content in (b"", b"PAR1PAR1", b"x" * 100, b"PAR1" + b"\xff" * 20 + b"PAR1"):
         path.write_bytes(content)
         assert "a.parquet cannot be read as Parquet" in refusal(str(path))
+
+
+def test_an_output_among_the_inputs_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "in" / "a.parquet", {"prompt": ["a"]})
+    folder = str(tmp_path / "in")
+    for data, output in (
+        (path, path),
+        (folder, f"{folder}/out.parquet"),
+        (folder, f"{folder}/sub/out.parquet"),
+        (f"{folder}/*.parquet", f"{folder}/out.parquet"),
+    ):
+        with pytest.raises(OutputError, match="would lie among the input files"):
+            opened(data).check_output(output)
+    for data, output in (
+        (path, f"{folder}/out.parquet"),
+        (folder, str(tmp_path / "out.parquet")),
+        (folder, f"{folder}/_out.parquet"),
+        (f"{folder}/a*.parquet", f"{folder}/out.parquet"),
+    ):
+        opened(data).check_output(output)
 
 
 def test_an_input_without_rows_opens(tmp_path: Path) -> None:

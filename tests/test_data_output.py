@@ -127,6 +127,16 @@ def test_every_input_type_and_its_metadata_survive_any_number_of_samples(
     assert json.loads(written.schema.metadata[b"orcd_batch"])["identity"] == IDENTITY
 
 
+def test_input_that_is_not_utf8_reaches_the_output_unchanged(tmp_path: Path, output: Path) -> None:
+    raw = pa.array([b"good", b"bad \xff"], pa.binary())
+    dataset = dataset_of(tmp_path / "in.parquet", {"prompt": raw.view(pa.string())})
+    with PartStore.open(str(output), IDENTITY) as store:
+        run_trivial_job(dataset, store)
+    table = read(output)
+    assert table.column("prompt").combine_chunks().view(pa.binary()).equals(raw)
+    assert table.column("error_kind").to_pylist() == [None, "input"]
+
+
 def test_dropped_columns_prefix_and_a_foreign_id_column(tmp_path: Path, output: Path) -> None:
     columns = {"prompt": ["a", "b"], "key": pa.array([7, 8], pa.uint16()), "error": ["e", "f"]}
     dataset = dataset_of(

@@ -8,13 +8,13 @@ import pyarrow as pa
 
 from orcd_batch.data.columns import Columns, DatasetOptions, InputKind, choose_columns, listed
 from orcd_batch.data.content_hash import content_hash
-from orcd_batch.data.input_files import find_files
+from orcd_batch.data.input_files import find_files, would_read
 from orcd_batch.data.location import Location
 from orcd_batch.data.parquet_file import ParquetInput
 from orcd_batch.data.row_ids import check_ids, ids_of
 from orcd_batch.data.row_values import BadCell, cells, messages_problem, token_ids_problem
 from orcd_batch.data.sampling_values import overrides_of
-from orcd_batch.errors import InputError
+from orcd_batch.errors import InputError, OutputError
 
 __all__ = ["DatasetOptions", "InputDataset", "InputRow"]
 
@@ -51,8 +51,14 @@ class InputDataset:
     """
 
     def __init__(
-        self, files: Sequence[_InputFile], schema: Any, columns: Columns, options: DatasetOptions
+        self,
+        listed: str | Sequence[str],
+        files: Sequence[_InputFile],
+        schema: Any,
+        columns: Columns,
+        options: DatasetOptions,
     ) -> None:
+        self._listed = [listed] if isinstance(listed, str) else list(listed)
         self._files = files
         self.schema = schema
         self.columns = columns
@@ -76,7 +82,7 @@ class InputDataset:
             stamp = (info.size, info.mtime_ns)
             files.append(_InputFile(location, stamp, tuple(parquet.row_group_sizes)))
             parquet.close()
-        dataset = cls(files, schema, choose_columns(schema, options), options)
+        dataset = cls(paths, files, schema, choose_columns(schema, options), options)
         dataset._check_ids()
         return dataset
 
@@ -94,6 +100,14 @@ class InputDataset:
         """The pyarrow type of the output's id column."""
         name = self.columns.id
         return pa.int64() if name is None else self.schema.field(name).type
+
+    def check_output(self, output: str) -> None:
+        """Raises OutputError when this input holds the output, or would hold it once written."""
+        if would_read(self._listed, output):
+            raise OutputError(
+                f"The output {output} would lie among the input files of data="
+                f"{', '.join(self._listed)}: choose another output."
+            )
 
     def content_hash(self) -> str:
         """Hex SHA-256 of the files' bytes in order, whatever their paths."""
@@ -163,7 +177,7 @@ class InputDataset:
             for first, batch in self.batches([name]):
                 yield first, batch.column(0)
 
-        check_ids(name, stream, self.num_rows)
+        check_ids(name, stream)
 
     def _rows_of(
         self, first: int, batch: Any, skip: Callable[[int], bool] | None

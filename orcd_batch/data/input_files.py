@@ -42,6 +42,22 @@ def find_files(paths: str | Sequence[str]) -> list[Location]:
     return found
 
 
+def would_read(paths: Sequence[str], output: str) -> bool:
+    """Whether `find_files(paths)` would give `output` if it existed."""
+    wanted = Location.parse(output)
+    path = os.path.realpath(wanted.path) if wanted.local else wanted.path
+    for location in map(Location.parse, paths):
+        root = os.path.realpath(location.path) if location.local else location.path
+        below = path[len(root) :] if path.startswith(root + "/") else None
+        if (
+            path == root
+            or (below is not None and _is_parquet(below) and location.is_directory())
+            or (_matches(wanted.path.split("/"), location.path.split("/")))
+        ):
+            return wanted.local == location.local
+    return False
+
+
 def _expand(text: str) -> list[Location]:
     location = Location.parse(text)
     if location.is_file():
@@ -61,8 +77,7 @@ def _in_directory(location: Location) -> list[Location]:
     found = [
         file
         for file in location.files_below(recursive=True)
-        if file.name.lower().endswith(_EXTENSIONS)
-        and not _is_hidden(file.path[len(location.path) :])
+        if _is_parquet(file.path[len(location.path) :])
     ]
     if not found:
         raise InputError(
@@ -100,6 +115,11 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
     if patterns[0] == "**":
         return _matches(names, patterns[1:]) or _matches(names[1:], patterns)
     return fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
+
+
+def _is_parquet(relative_path: str) -> bool:
+    """Whether a file at this place below a directory is read."""
+    return relative_path.lower().endswith(_EXTENSIONS) and not _is_hidden(relative_path)
 
 
 def _is_hidden(relative_path: str) -> bool:

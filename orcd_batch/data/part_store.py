@@ -150,17 +150,19 @@ class PartStore:
         Raises OutputError when a row has no result or the output cannot be written.
         """
         self.commit()
-        self.manifest = {
+        if self.output.local:
+            dataset.check_output(self.output.path)
+        manifest = {
             **manifest,
             "identity": self.identity,
             "output_prefix": dataset.options.output_prefix,
             "infrastructure_errors": self._parts.index.num_retry,
         }
         with self._explained("cannot be written; finished parts are kept"):
-            write_output(self.output, dataset, self._parts, self.manifest)
+            write_output(self.output, dataset, self._parts, manifest)
             self._remove_parts()
             self.close()
-        self.state = "complete"
+        self.state, self.manifest = "complete", manifest
 
     def close(self) -> None:
         """Gives up the lock; rows added since the last commit are dropped."""

@@ -1,4 +1,4 @@
-"""The id column: every id present and unique, checked in 8 bytes a row."""
+"""The id column: every id present and unique, checked in 16 bytes a row."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,15 +13,14 @@ from orcd_batch.errors import InputError
 IdStream = Callable[[], Iterator[tuple[int, Any]]]
 
 
-def check_ids(name: str, stream: IdStream, num_rows: int) -> None:
+def check_ids(name: str, stream: IdStream) -> None:
     """Raises InputError, with row and id, for an id that is null, repeated or not valid text.
 
     One pass keeps a 64-bit digest per row; a second one, only when two digests are equal, tells
     a repeated id from a chance collision.
     """
-    digests = np.empty(num_rows, dtype=np.uint64)
-    for first, column in stream():
-        digests[first : first + len(column)] = _digests(name, first, column)
+    pieces = [_digests(name, first, column) for first, column in stream()]
+    digests = np.concatenate([np.empty(0, dtype=np.uint64), *pieces])
     digests.sort()
     suspects = digests[1:][digests[1:] == digests[:-1]]
     if len(suspects):

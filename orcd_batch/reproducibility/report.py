@@ -74,7 +74,7 @@ def as_dict(found: Report) -> dict[str, Any]:
 
 
 def render(found: Report) -> Any:
-    """A rich renderable: the runs, their results beside what their sampling differs in, agreement."""
+    """A rich renderable: the runs, their results beside the sampling that differs, agreement."""
     from rich.console import Group
 
     parts = [_runs_table(found), _results_table(found)]
