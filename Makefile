@@ -12,7 +12,7 @@ demo: $(VENV)/.installed $(MODEL)
 	  sampling.max_tokens=48 overwrite=true
 
 test: lint $(MODEL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ bench: $(VENV)/.installed $(MODEL)
 
 # On a GPU machine, from a checkout: uses the python3 there, with what is missing on PYTHONPATH.
 test-gpu:
-	$(PYTHON) -m pytest tests/gpu
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest tests/gpu
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'

@@ -76,10 +76,15 @@ class BuiltEngine:
             "max_num_seqs": engine.max_num_seqs,
             "max_num_batched_tokens": engine.max_num_batched_tokens,
             "max_model_len": engine.max_model_len,
-            "num_blocks": engine.block_manager.num_blocks,
+            "backend": self.ops.manifest(),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by use, and the cache blocks that free memory allowed."""
+        return {
             "weight_bytes": self.weight_bytes,
             "kv_cache_bytes": self.kv_cache_bytes,
-            "backend": self.ops.manifest(),
+            "num_blocks": self.engine.block_manager.num_blocks,
         }
 
     def close(self) -> None:
@@ -189,6 +194,7 @@ def _build_cuda(
     num_weight_bytes = weight_bytes(sources, config, 2)
     max_num_blocks = max_num_seqs * _blocks(max_model_len)
     if options.kv_cache_bytes is not None:
+        _check_cache(options.kv_cache_bytes, shape.kv_block_bytes, max_model_len)
         max_num_blocks = min(max_num_blocks, options.kv_cache_bytes // shape.kv_block_bytes)
 
     def fill(ops: CudaOps) -> Engine:
@@ -238,6 +244,16 @@ def _blocks(num_positions: int) -> int:
     return -(-num_positions // BLOCK_SIZE)
 
 
+def _check_cache(kv_cache_bytes: int, block_bytes: int, max_model_len: int) -> None:
+    """A cache must hold one whole context, or its size would decide which rows can run."""
+    needed = _blocks(max_model_len) * block_bytes
+    if kv_cache_bytes < needed:
+        raise ConfigError(
+            f"engine.kv_cache_bytes={kv_cache_bytes} is less than the {needed} bytes that one "
+            f"context of {max_model_len} tokens needs; raise it, or lower engine.max_model_len."
+        )
+
+
 def _numpy_blocks(
     options: EngineOptions,
     max_num_seqs: int,
@@ -247,17 +263,18 @@ def _numpy_blocks(
 ) -> int:
     """Cache blocks that fit: a quarter of the free memory, or what the options say."""
     available = available_memory_bytes()
+    one_context = _blocks(max_model_len) * block_bytes
     wanted = options.kv_cache_bytes
     if wanted is None:
-        wanted = max(available // 4, _blocks(max_model_len) * block_bytes)
-        wanted = min(wanted, max(available - num_weight_bytes, 0))
+        wanted = max(min(available // 4, available - num_weight_bytes), one_context)
+    _check_cache(wanted, block_bytes, max_model_len)
     num_blocks = min(wanted // block_bytes, max_num_seqs * _blocks(max_model_len))
-    needed = num_weight_bytes + max(num_blocks, 1) * block_bytes
-    if num_blocks < 1 or needed > available:
+    needed = num_weight_bytes + num_blocks * block_bytes
+    if needed > available:
         raise DeviceError(
             f"Not enough memory: weights ({num_weight_bytes:,} bytes) and KV cache "
-            f"({max(num_blocks, 1) * block_bytes:,} bytes, at least {block_bytes:,}) need "
-            f"{needed:,} bytes and {available:,} are free; use a smaller model, or set "
-            "engine.kv_cache_bytes."
+            f"({num_blocks * block_bytes:,} bytes, at least {one_context:,}) need "
+            f"{needed:,} bytes and {available:,} are free; use a smaller model, or lower "
+            "engine.max_model_len or engine.kv_cache_bytes."
         )
     return num_blocks

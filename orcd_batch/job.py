@@ -54,6 +54,7 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
         choice = choose_engine(options.engine.kind)
         surroundings = environment(choice.kind)
         identity = job_identity(options, source, dataset.content_hash(), choice, surroundings)
+        dataset.check_output(output)
         store = PartStore.open(output, identity, options.overwrite)
         stack.callback(store.close)
         if store.state == "complete":
@@ -73,6 +74,7 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
             "tokens_computed": run.num_tokens,
             "tokens_per_s": round(run.num_tokens / seconds, 2),
             **built.engine.statistics(),
+            **built.memory(),
         }
         totals = run_totals(store)
         store.assemble(

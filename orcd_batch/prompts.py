@@ -11,6 +11,9 @@ from orcd_batch.errors import OrcdError, RowError
 from orcd_batch.reproducibility.hashes import stream_digest
 from orcd_batch.text import ChatTemplate, StopStringCheck, Tokenizer
 
+# A template may print any role; one that no supported model was trained on is a mistake in the row.
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
 
 def sampling_params(options: SamplingOptions, overrides: Mapping[str, Any]) -> SamplingParams:
     """The job's sampling options with one row's overrides on top.
@@ -91,6 +94,12 @@ class RequestBuilder:
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
         assert self._template is not None, "messages without a chat template"
+        for index, message in enumerate(messages):
+            if (role := message.get("role")) not in KNOWN_ROLES:
+                raise RowError(
+                    f"The role {role!r:.60} of message {index} is unknown; use one of "
+                    f"{', '.join(KNOWN_ROLES)}."
+                )
         return self._tokenizer.encode(self._template.render(messages), add_bos=False)
 
     def _stop_check(self, stop: tuple[str, ...], after: int) -> Callable[[], StopCheck] | None:

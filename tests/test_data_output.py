@@ -360,12 +360,13 @@ def test_leftovers_of_a_crash_at_any_moment_are_cleaned(tmp_path: Path, output: 
         assert not [name for name in os.listdir(parts) if name.endswith(".tmp")]
         saved = {path.name: path.read_bytes() for path in parts.iterdir()}
         run_trivial_job(dataset, store)
-    parts.mkdir()
-    for name, content in saved.items():  # the crash between renaming and removing the parts
-        (parts / name).write_bytes(content)
-    with PartStore.open(str(output), IDENTITY) as store:
-        assert store.state == "complete"
-    assert not parts.exists()
+    for overwrite, state in ((False, "complete"), (True, "new")):
+        parts.mkdir()
+        for name, content in saved.items():  # the crash between renaming and removing the parts
+            (parts / name).write_bytes(content)
+        with PartStore.open(str(output), IDENTITY, overwrite) as store:
+            assert store.state == state
+        assert not parts.exists()
 
 
 def test_a_damaged_part_is_named(tmp_path: Path, output: Path) -> None:

@@ -1,6 +1,7 @@
 """Parquet files that claim what is not so: refused with a sentence, and nothing allocated."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from large_job import MAX_GROWTH_BYTES, ResidentMemory, run_trivial_job, write_input
 
 from orcd_batch.data import DatasetOptions, InputDataset, PartStore
-from orcd_batch.data.parquet_claims import column_chunks
+from orcd_batch.data.parquet_claims import check_pages, column_chunks
 from orcd_batch.data.thrift_compact import TruncatedError, read_struct
 from orcd_batch.errors import InputError
 
@@ -24,6 +25,10 @@ def varint(number: int) -> bytes:
         found.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*found, number])
+
+
+def zigzag(number: int) -> int:
+    return number << 1 if number >= 0 else (-number << 1) - 1
 
 
 def written(path: Path, columns: dict[str, Any], **options: Any) -> bytes:
@@ -48,21 +53,34 @@ def test_a_thousand_mutated_files_are_refused_or_read() -> None:
     assert findings.outcomes["refused"] > 500
 
 
-@pytest.mark.parametrize("field", ["uncompressed", "compressed"])
-def test_a_page_that_claims_gigabytes_is_refused_without_allocating_them(
-    tmp_path: Path, field: str
+@pytest.mark.parametrize(
+    ("claims", "message"),
+    [
+        ((2**31 - 1, None), "claims to expand"),
+        ((None, 2**31 - 1), "leaves its column chunk"),
+        ((-5, None), "leaves its column chunk"),
+        ((None, -5), "leaves its column chunk"),
+    ],
+)
+def test_a_page_that_claims_what_it_cannot_hold_is_refused(
+    tmp_path: Path, claims: tuple[int | None, int | None], message: str
 ) -> None:
     path = tmp_path / "a.parquet"
     data = written(path, {"prompt": ["word " * 50] * 20}, compression="gzip", use_dictionary=False)
-    header, size = read_struct(data[4:], {2: None, 3: None})
-    uncompressed, compressed = header[2], header[3]
-    old = b"\x15" + varint(2 * uncompressed) + b"\x15" + varint(2 * compressed)
-    assert old in data[4 : 4 + size]
-    claims = (2**31 - 1, compressed) if field == "uncompressed" else (uncompressed, 2**31 - 1)
-    new = b"\x15" + varint(2 * claims[0]) + b"\x15" + varint(2 * claims[1])
-    path.write_bytes(data.replace(old, new, 1))
+    (chunk,) = column_chunks(footer_of(data), len(data))[0]
+    check_pages(pa.BufferReader(data), [chunk])
+    header, _ = read_struct(data[4:], {2: None, 3: None})
+    wrong = [header[2] if claims[0] is None else claims[0]]
+    wrong.append(header[3] if claims[1] is None else claims[1])
+    old = b"".join(b"\x15" + varint(zigzag(header[field])) for field in (2, 3))
+    new = b"".join(b"\x15" + varint(zigzag(number)) for number in wrong)
+    assert data.count(old) == 1
+    grown = replace(chunk, size=chunk.size + len(new) - len(old))
+    with pytest.raises(ValueError, match=message):
+        check_pages(pa.BufferReader(data.replace(old, new)), [grown])
+    path.write_bytes(data.replace(old, new))
     before = pa.default_memory_pool().max_memory()
-    with pytest.raises(InputError, match="a page of the column prompt claims"):
+    with pytest.raises(InputError, match="cannot be read"):
         read_all(path)
     assert pa.default_memory_pool().max_memory() - before < 2**20
 

@@ -16,7 +16,7 @@ from orcd_batch.engine import Engine, Request
 from orcd_batch.model import Weights, load_weights
 
 MODELS: dict[str, dict[str, Any]] = {
-    "grouped": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64},
+    "grouped": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 1024},
     "window": {
         "architecture": "phi3",
         "num_heads": 2,

@@ -213,6 +213,18 @@ def test_messages_and_chat_prompts_are_rendered_by_the_files_template(run, tmp_p
     assert len(hashes) == 1
 
 
+def test_messages_that_make_no_sense_become_error_rows(run, tmp_path):
+    good, alien = {"role": "user", "content": "x"}, {"role": "alien", "content": "x"}
+    silent = {"role": "user", "content": None}
+    data = write(tmp_path / "messages.parquet", messages=[[good], [alien], [silent], [], None])
+    code, document, err = run(data)
+    assert code == 0, err
+    errors = [r["error"] for r in rows(document["output"])]
+    assert errors[0] is None
+    assert "'alien'" in errors[1]
+    assert all(errors[1:])
+
+
 def test_token_ids_run_as_they_are_and_are_checked(run, tmp_path):
     data = write(tmp_path / "ids.parquet", token_ids=[[5, 6, 7], [], [10**6], [-1], None])
     code, document, _ = run(data)

@@ -25,6 +25,8 @@ Ints = NDArray[np.int64]
 MAX_TILE_ROWS = 16
 _PREFILL_CHUNK_TOKENS = 64
 _MAX_SCORES = 1 << 20
+# Scores of a decode step up to which one thread is done before another has woken up.
+_SMALL_SCORES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ def plan_groups(
             )
     decoding.sort()
     limit = max(1, _MAX_SCORES // scores_per_token)
-    for part in _decode_parts(decoding, limit, num_threads):
+    is_small = sum(blocks for blocks, _, _ in decoding) * scores_per_token < _SMALL_SCORES
+    for part in _decode_parts(decoding, limit, 1 if is_small else num_threads):
         tokens = np.array([[start] * base for _, start, _ in part], np.int64)
         groups.append(
             _group(tokens, [s for _, _, s in part], positions, block_tables, sliding_window)

@@ -19,14 +19,17 @@ from numpy.typing import NDArray
 from orcd_batch.backend.numpy_threads import Task, Workers
 
 Floats = NDArray[np.float32]
-# "rows": tile (t, K) @ panel.T (K, P). "columns": panel (P, K) @ tile.T (K, t).
-Order = Literal["rows", "columns"]
+# "rows": tile (t, K) @ panel.T (K, P); "transposed": the same with the tile stored as (K, t).
+# "columns": panel (P, K) @ tile.T (K, t).
+Order = Literal["rows", "transposed", "columns"]
 
 TILE_ROWS = 16
 # OpenBLAS multiplies matrices of up to this many multiply-adds without packing them first, on
 # CPUs with AVX-512 only; there that is the fastest way to use a weight once.
 _UNPACKED_LIMIT = 1_000_000
 _UNPACKED_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
+# There a transposed tile is the faster one from about this inner size on.
+_TRANSPOSED_FROM = 768
 # Tiles of one group share one pass over the weight; this bounds the group's work arrays.
 _MAX_GROUP_ROWS = 256
 _TASKS_PER_THREAD = 2
@@ -70,8 +73,9 @@ class PanelWeight:
 def candidate_shapes(k: int, blas_kernel: str) -> tuple[Sequence[TileShape], Sequence[TileShape]]:
     """(base shapes, bulk shapes) for inner size k, best first; a rule, never a timing."""
     if blas_kernel in _UNPACKED_KERNELS and 32 * TILE_ROWS * k <= _UNPACKED_LIMIT:
-        base = TileShape("rows", 32, TILE_ROWS)
-        bulk = [TileShape("rows", 16, 64), TileShape("rows", 16, 32), TileShape("rows", 32, 32)]
+        order: Order = "transposed" if k >= _TRANSPOSED_FROM else "rows"
+        base = TileShape(order, 32, TILE_ROWS)
+        bulk = [TileShape(order, 16, 64), TileShape(order, 16, 32)]
     else:
         base = TileShape("columns", 256, TILE_ROWS)
         bulk = [
@@ -177,11 +181,11 @@ def _shares(
 
 
 def _tiles(x: Floats, shape: TileShape) -> Floats:
-    """x cut into tiles: (n, t, K) for "rows", transposed to contiguous (n, K, t) for "columns"."""
+    """x cut into tiles (n, t, K), stored as (n, K, t) unless the order is "rows"."""
     tiles = x.reshape(-1, shape.tile_rows, x.shape[1])
     if shape.order == "rows":
         return tiles
-    return np.ascontiguousarray(tiles.transpose(0, 2, 1))
+    return np.ascontiguousarray(tiles.transpose(0, 2, 1)).transpose(0, 2, 1)
 
 
 def _multiply_into(out: Floats, tiles: Floats, rows: Floats, shape: TileShape) -> None:
@@ -198,7 +202,7 @@ def _multiply_into(out: Floats, tiles: Floats, rows: Floats, shape: TileShape) -
             out.strides[1],
         ),
     )
-    if shape.order == "rows":
-        np.matmul(tiles, panels.transpose(0, 1, 3, 2), out=target)
+    if shape.order == "columns":
+        target[...] = np.matmul(panels, tiles.transpose(0, 2, 1)).transpose(0, 1, 3, 2)
     else:
-        target[...] = np.matmul(panels, tiles).transpose(0, 1, 3, 2)
+        np.matmul(tiles, panels.transpose(0, 1, 3, 2), out=target)

@@ -35,7 +35,7 @@ def _outcome(row: dict[str, Any], names: Sequence[str]) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        last = value[-1] if value else ""
+        last = value[-1] if value else {}
         value = last.get("content") if isinstance(last, dict) else f"{len(value)} token ids"
     text = str(value or "").strip()
     return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"

@@ -45,13 +45,15 @@ _TOP_NAMES = {
 
 def build(
     options: Mapping[str, Any],
-    tensors: Mapping[str, NDArray[np.float32]],
+    tensors: Mapping[str, NDArray[np.floating[Any]]],
     rope_parameters: Mapping[str, Any],
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """The transformers model of `write_model(**options)`, in fp32 with eager attention.
 
-    rope_parameters: transformers' own description of rope scaling ("rope_type" and its numbers);
-    it stands for `rope_freqs` and for the linear scaling of the file.
+    tensors: fp32 or fp16, in GGUF's layout. rope_parameters: transformers' own description of
+    rope scaling ("rope_type" and its numbers); it stands for `rope_freqs` and for the linear
+    scaling of the file.
     """
     architecture = options["architecture"]
     config_class, model_class = _CLASSES[architecture]
@@ -74,7 +76,8 @@ def build(
     )
     if architecture == "qwen2":
         assert options.get("sliding_window") is None, "Qwen2's window works otherwise there"
-    model = model_class(config).float().eval()
+    with torch.device(device):
+        model = model_class(config).float().eval()
     state = _state(tensors, architecture == "llama", head_dim)
     if "lm_head.weight" not in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -87,7 +90,7 @@ def build(
 
 
 def _state(
-    tensors: Mapping[str, NDArray[np.float32]], neighbours: bool, head_dim: int
+    tensors: Mapping[str, NDArray[np.floating[Any]]], neighbours: bool, head_dim: int
 ) -> dict[str, torch.Tensor]:
     state = {}
     for name, values in tensors.items():
@@ -106,7 +109,9 @@ def _state(
     return state
 
 
-def halves_from_neighbours(values: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+def halves_from_neighbours(
+    values: NDArray[np.floating[Any]], head_dim: int
+) -> NDArray[np.floating[Any]]:
     """Puts rows 0, 2, 4, … of each head first and rows 1, 3, 5, … after them."""
     heads = values.reshape(-1, head_dim, *values.shape[1:])
     return np.concatenate([heads[:, 0::2], heads[:, 1::2]], axis=1).reshape(values.shape)
