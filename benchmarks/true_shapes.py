@@ -93,14 +93,16 @@ def tensor_plans(shape: Shape, residual_scale: float = 1.0) -> list[TensorPlan]:
     hidden = shape.hidden_size
     head_std = _LOGIT_STD / math.sqrt(hidden)
     embedding_std = head_std if shape.tied else residual_scale
-    # A tied model whose stream stays near its embedding would only repeat its last token.
-    branch_std = embedding_std * (1.5 if shape.tied else 0.4)
+    # A tied model whose stream stays near its embedding would only repeat its last token, and one
+    # whose attention weighs much would say the same at every position.
+    attention_std = embedding_std * 0.4
+    ffn_std = embedding_std * (1.5 if shape.tied else 0.4)
     plans = [TensorPlan("token_embd.weight", (shape.vocab_size, hidden), embedding_std)]
     if shape.rope_freqs:
         freqs = _llama3_rope_freqs(shape)
         plans.append(TensorPlan("rope_freqs.weight", freqs.shape, 0.0, values=freqs))
     for layer in range(shape.num_layers):
-        plans.extend(_layer(shape, f"blk.{layer}", branch_std))
+        plans.extend(_layer(shape, f"blk.{layer}", attention_std, ffn_std))
     plans.append(TensorPlan("output_norm.weight", (hidden,), 0.1, 1.0))
     if not shape.tied:
         plans.append(TensorPlan("output.weight", (shape.vocab_size, hidden), head_std))
@@ -136,15 +138,17 @@ def metadata(shape: Shape, name: str) -> dict[str, Any]:
     }
 
 
-def _layer(shape: Shape, prefix: str, branch_std: float) -> Iterator[TensorPlan]:
+def _layer(
+    shape: Shape, prefix: str, attention_std: float, ffn_std: float
+) -> Iterator[TensorPlan]:
     hidden, ffn = shape.hidden_size, shape.intermediate_size
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     qkv_std, gate_std = _QKV_STD / math.sqrt(hidden), 1 / math.sqrt(hidden)
     fused = shape.architecture == "phi3"
     qkv = {"attn_qkv": heads + 2 * kv} if fused else {"attn_q": heads, "attn_k": kv, "attn_v": kv}
     ffn_in = {"ffn_up": 2 * ffn} if fused else {"ffn_gate": ffn, "ffn_up": ffn}
-    output_std = branch_std / (_QKV_STD * _ATTENDED_STD * math.sqrt(heads))
-    down_std = branch_std / (_SWIGLU_STD * math.sqrt(ffn))
+    output_std = attention_std / (_QKV_STD * _ATTENDED_STD * math.sqrt(heads))
+    down_std = ffn_std / (_SWIGLU_STD * math.sqrt(ffn))
     yield TensorPlan(f"{prefix}.attn_norm.weight", (hidden,), 0.1, 1.0)
     for part, rows in qkv.items():
         yield TensorPlan(f"{prefix}.{part}.weight", (rows, hidden), qkv_std)

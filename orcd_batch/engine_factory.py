@@ -1,7 +1,7 @@
 """From a model file and engine options to a running engine: the place that picks a backend."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
@@ -23,11 +23,15 @@ _CUDA_SEQS, _CUDA_TOKENS = 256, 8192
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """Which engine runs, on which device (its name), and why, as half a sentence."""
+    """Which engine runs, on which device (its name), and why, as half a sentence.
+
+    versions: of the libraries that only this engine uses.
+    """
 
     kind: EngineKind
     device: str
     reason: str
+    versions: Mapping[str, str | None] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -110,6 +114,7 @@ def choose_engine(kind: str) -> EngineChoice:
     if kind == "numpy":
         return EngineChoice("numpy", cpu_name(), "asked for")
     from orcd_batch.backend.cuda.device import Device
+    from orcd_batch.backend.cuda.versions import library_versions
 
     try:
         device = Device()
@@ -117,9 +122,10 @@ def choose_engine(kind: str) -> EngineChoice:
         if kind == "cuda":
             raise
         return EngineChoice("numpy", cpu_name(), str(error).rstrip("."))
-    name = device.name
+    reason = "asked for" if kind == "cuda" else "a GPU is there"
+    choice = EngineChoice("cuda", device.name, reason, library_versions(device))
     device.close()
-    return EngineChoice("cuda", name, "asked for" if kind == "cuda" else "a GPU is there")
+    return choice
 
 
 def build_engine(

@@ -20,9 +20,11 @@ def job_identity(
 ) -> dict[str, Any]:
     """Everything that could change a bit of the output, as plain values.
 
-    Two runs with equal identities are the same job: one may continue the other.
+    Two runs with equal identities are the same job: one may continue the other. The host's CPU
+    counts on the numpy engine only: nothing it computes reaches a GPU's bits.
     """
     plain = asdict(options)
+    no_effect = {"git_commit", "cpu"} if choice.kind == "cuda" else {"git_commit"}
     return {
         "model_hash": source.content_hash,
         "input_hash": input_hash,
@@ -35,7 +37,10 @@ def job_identity(
         "engine": choice.kind,
         "device": choice.device,
         "code_hash": code_hash(),
-        "versions": {k: v for k, v in environment.items() if k != "git_commit"},
+        "versions": {
+            **{k: v for k, v in environment.items() if k not in no_effect},
+            **choice.versions,
+        },
     }
 
 

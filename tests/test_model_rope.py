@@ -7,6 +7,7 @@ import pytest
 from support.fake_ops import CONFIG
 
 from orcd_batch.model import rope_table
+from orcd_batch.model.rope import cos_sin
 
 
 @pytest.mark.parametrize("scaling", [1.0, 4.0])
@@ -32,3 +33,13 @@ def test_rope_freqs_divide_the_frequencies() -> None:
 def test_late_positions_are_as_exact_as_early_ones() -> None:
     table = rope_table(replace(CONFIG, head_dim=4), 100_001)
     assert table[100_000, 0, 0] == np.float32(np.cos(100_000.0))
+
+
+def test_cosine_and_sine_are_those_of_numpy_to_the_last_bits() -> None:
+    angles = np.concatenate(
+        [np.linspace(-10, 10, 2001), np.linspace(0, 1.5e6, 20_011), np.arange(1 << 17)]
+    )
+    cos, sin = cos_sin(angles)
+    assert np.abs(cos - np.cos(angles)).max() < 1e-15
+    assert np.abs(sin - np.sin(angles)).max() < 1e-15
+    assert np.abs(cos * cos + sin * sin - 1).max() < 1e-15
