@@ -128,6 +128,7 @@ class Run:
             while self._admit(rows) or self._engine.has_unfinished:
                 for completion in self._engine.step():
                     self._finish_sample(completion)
+                self._view.rows(self._store.num_done_rows, self._engine.decode_tokens)
                 self._commit(force=False)
                 if interrupts.requested:
                     raise Interrupted(
@@ -211,7 +212,6 @@ class Run:
         del self._pending[index]
         self._store.add(sorted(pending.results, key=lambda r: r.sample_index))
         self.num_rows += pending.num_samples
-        self._view.rows(self._store.num_done_rows, self.num_tokens)
 
     def _commit(self, force: bool) -> None:
         if force or self._store.commit_due:
