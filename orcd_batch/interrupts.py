@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as a request: the current step finishes, work is committed, then we stop."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
@@ -28,11 +28,6 @@ class Interrupts:
                 return self
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)

@@ -4,7 +4,6 @@ import hashlib
 import os
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from orcd_batch.checkpoint import GGUFFile, ModelConfig, read_model_config
@@ -109,12 +108,7 @@ class ModelSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_template(self) -> ChatTemplate | None:

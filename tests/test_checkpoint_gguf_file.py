@@ -12,7 +12,7 @@ from gguf import GGUFReader, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import _type_traits
 from support.gguf_factory import write_model
-from support.paths import require_real_model, require_vocab
+from support.paths import require_real_model, require_vocab, vocabularies
 
 from orcd_batch.checkpoint import GGUFFile
 from orcd_batch.checkpoint.ggml_types import GGML_TYPES
@@ -84,7 +84,7 @@ def test_the_smallest_real_vocabulary_reads_as_gguf_reader_reads_it() -> None:
     assert_same_as_reader(require_vocab("phi-3"))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama-bpe"])
+@pytest.mark.parametrize("name", vocabularies("qwen2", "llama-bpe"))
 def test_a_vocabulary_of_150000_tokens_opens_within_half_a_second(name: str) -> None:
     path = require_vocab(name)
     started = time.process_time()

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import date as Date
-from types import TracebackType
 from typing import Any, Self
 
 from orcd_batch.errors import ClosedError, ConfigError, TemplateError
@@ -86,12 +85,7 @@ class ChatTemplate:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _ask(self, messages: list[dict[str, object]]) -> dict[str, Any]:

@@ -29,6 +29,12 @@ def require_real_model() -> Path:
     return path
 
 
+def vocabularies(*names: str) -> list[str]:
+    """The names to parametrize over: those that are there, else one, whose test then skips."""
+    present = [name for name in names if (VOCAB_DIR / f"ggml-vocab-{name}.gguf").is_file()]
+    return present or list(names[:1])
+
+
 def require_vocab(name: str) -> Path:
     """A vocabulary-only GGUF such as "phi-3", or a skip that says where it was looked for.
 
