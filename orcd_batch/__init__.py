@@ -16,13 +16,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    from importlib import import_module, metadata
+    from importlib import import_module
 
     if name == "__version__":
-        try:
-            return metadata.version("orcd-batch")
-        except metadata.PackageNotFoundError:
-            return "unknown"
+        from orcd_batch.reproducibility.environment import own_version
+
+        return own_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import index as as_index
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from orcd_batch import text
 from orcd_batch.checkpoint import GGUFFile, ModelConfig, read_model_config
 from orcd_batch.checkpoint.hub import resolve_model_path
-from orcd_batch.config import EngineOptions
+from orcd_batch.config import EngineOptions, check_engine
 from orcd_batch.engine.context import Context
 from orcd_batch.engine.request import Completion, Request, SamplingParams
 from orcd_batch.engine_factory import BuiltEngine, OpenModel, build_engine, choose_engine
@@ -71,6 +72,7 @@ class LlamaInferenceAdapter:
                 f"LlamaInferenceAdapter.load has no such option: {error}; the engine's are "
                 f"{', '.join(EngineOptions.__slots__[1:])}."
             ) from error
+        check_engine(engine_options)
         resolved = resolve_model_path(str(path))
         choice = choose_engine(engine)
         with GGUFFile.open(resolved) as gguf:
@@ -107,7 +109,7 @@ class LlamaInferenceAdapter:
         """
         self._check_open()
         self._has_context = False
-        logits = self._context.prefill([int(token) for token in ids])
+        logits = self._context.prefill([as_index(token) for token in ids])
         self._has_context = True
         return logits
 
@@ -119,7 +121,7 @@ class LlamaInferenceAdapter:
         self._check_open()
         if not self._has_context:
             raise RowError("There is no context to continue: call prefill first.")
-        return self._context.decode(int(token_id))
+        return self._context.decode(as_index(token_id))
 
     def generate(
         self,
@@ -189,7 +191,7 @@ class LlamaInferenceAdapter:
         stop_ids = frozenset() if params.ignore_eos else self._tokenizer.stop_token_ids
         stop = params.stop
         make_check = (lambda: StopStringCheck(self._tokenizer, stop)) if stop else None
-        ids = tuple(int(token) for token in prompt)
+        ids = tuple(as_index(token) for token in prompt)
         return [
             Request(
                 (index, sample), ids, params, stream_digest(index, sample), stop_ids, make_check

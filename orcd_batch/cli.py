@@ -6,9 +6,11 @@ The last line of stdout is one JSON document; everything else goes to stderr.
 import argparse
 import contextlib
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from orcd_batch.errors import OrcdError
 
@@ -41,12 +43,14 @@ Options:
           drop_columns/output_prefix/limit/on_error=record|raise
   engine=auto|cuda|numpy
   engine.max_num_seqs/max_num_batched_tokens/max_model_len/gpu_memory_utilization/
-         kv_cache_bytes/prefix_caching/num_threads
+         kv_cache_bytes/prefix_caching/num_threads/graphs
   debug=true                            tracebacks, and time per op
 
 The same command after an interruption continues where it stopped.
 Quote what Hydra's grammar would take apart: 'data="my (1) file.parquet"',
-'sampling.stop=["<|end|>","a, b"]'. `--cfg job` shows the composed config.
+'sampling.stop=["<|end|>","a, b"]'; a newline is typed as one: $'sampling.stop=["\\n"]'.
+`--cfg job` shows the composed config. The engine's options change speed, never a bit of the
+result; engine.max_model_len alone also says where a completion must end.
 Exit codes: 0 done; 1 differences found, or rows failed under dataset.on_error=raise;
 2 bad input or config; 130 interrupted, resumable.
 """
@@ -78,16 +82,23 @@ def _guarded(command: Callable[[], tuple[Any, int]], debug: bool) -> int:
             document, code = command()
     except OrcdError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"orcd-batch: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("orcd-batch: interrupted; the same command continues.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
-    if document is not None:
+    return code if document is None else _print_document(document, code, stdout)
+
+
+def _print_document(document: Any, code: int, stdout: TextIO) -> int:
+    try:
         print(json.dumps(document, ensure_ascii=False, allow_nan=False), file=stdout, flush=True)
+    except BrokenPipeError:  # the reader went away; the work is done all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    except OSError as error:
+        print(f"orcd-batch: the result cannot be printed: {error}.", file=sys.stderr)
+        return 2
     return code
 
 

@@ -74,11 +74,13 @@ class DatasetOptions:
 
 @dataclass(slots=True)
 class EngineOptions:
-    """Where and how to run; only `kind` can change a bit of the result.
+    """Where and how to run; of these, `kind` alone can change a bit of a completion.
 
     max_num_seqs: sequences running at once. max_num_batched_tokens: tokens of one step.
-    kv_cache_bytes: null sizes the cache from free memory. max_model_len: null is the file's.
-    num_threads: CPU threads of the numpy engine, 0 is one per core.
+    kv_cache_bytes: null sizes the cache from free memory. max_model_len: prompt and completion
+    together, where a completion must end; null is the file's.
+    num_threads: CPU threads of the numpy engine, 0 is one per core. graphs: the GPU engine replays
+    decode steps as CUDA graphs.
     """
 
     kind: str = "auto"
@@ -89,6 +91,7 @@ class EngineOptions:
     max_model_len: int | None = None
     prefix_caching: bool = True
     num_threads: int = 0
+    graphs: bool = True
 
 
 @dataclass(slots=True)
@@ -147,9 +150,8 @@ def resolve(cfg: DictConfig) -> JobOptions:
     options = OmegaConf.to_object(cfg)
     assert isinstance(options, JobOptions), f"composed config is {type(options)}"
     options.data = _paths(options.data)
-    options.sampling.top_k = max(options.sampling.top_k, 0)
     _check_dataset(options.dataset)
-    _check_engine(options.engine)
+    check_engine(options.engine)
     window = options.model.sliding_window
     _require(window is None or window >= 0, "model.sliding_window", window, "0 (off) or more")
     return options
@@ -162,7 +164,7 @@ def job_facts(plain: Any) -> dict[str, Any]:
         "data": plain["data"],
         "sampling": plain["sampling"],
         "dataset": {k: v for k, v in plain["dataset"].items() if k != "on_error"},
-        "engine": plain["engine"]["kind"],
+        "engine": {k: plain["engine"][k] for k in ("kind", "max_model_len")},
     }
 
 
@@ -189,7 +191,8 @@ def _check_dataset(d: DatasetOptions) -> None:
         _require(name in allowed, "dataset.sampling_columns", name, "among " + ", ".join(allowed))
 
 
-def _check_engine(e: EngineOptions) -> None:
+def check_engine(e: EngineOptions) -> None:
+    """Raises ConfigError for an engine option out of its range."""
     _require(e.kind in ENGINE_KINDS, "engine.kind", e.kind, " or ".join(ENGINE_KINDS))
     for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "max_model_len"):
         value = getattr(e, name)

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
-    HydraException,
     MissingConfigException,
     OverrideParseException,
 )
@@ -44,11 +44,14 @@ def run(args: Sequence[str]) -> tuple[Any, int]:
     register_resolvers(args)
     jobs: list[_Job] = []
     hydra_verb = any(a.split("=")[0] in _HYDRA_FLAGS for a in args)
-    _compose_and_run(
-        args,
-        lambda cfg: jobs.append(_run_one(args, cfg)),
-        sys.__stdout__ if hydra_verb else sys.stderr,
-    )
+    try:
+        _compose_and_run(args, jobs, sys.__stdout__ if hydra_verb else sys.stderr)
+    except (ConfigError, KeyboardInterrupt) as error:
+        if not jobs or jobs[0].alone:
+            raise
+        stopped = error if isinstance(error, ConfigError) else Interrupted("interrupted")
+        print(f"orcd-batch: the sweep ends here: {stopped}", file=sys.stderr)
+        jobs.append(_Job({"error": str(stopped)}, False, stopped))
     if hydra_verb:
         return None, 0
     if jobs and jobs[0].alone:
@@ -59,16 +62,28 @@ def run(args: Sequence[str]) -> tuple[Any, int]:
     return [job.document for job in jobs], max(codes, default=0)
 
 
-def _compose_and_run(args: Sequence[str], task: Callable[[DictConfig], None], out: Any) -> None:
+def _compose_and_run(args: Sequence[str], jobs: "list[_Job]", out: Any) -> None:
+    """Hydra's part: composes each job's config and calls us with it; its errors as sentences."""
+    bugs: list[Exception] = []
+
+    def task(cfg: DictConfig) -> None:
+        try:
+            jobs.append(_run_one(args, cfg))
+        except Exception as error:
+            bugs.append(error)
+            raise
+
     app = hydra.main(
         version_base="1.3", config_path=str(resource_directory("conf")), config_name="config"
     )(task)
-    argv, stdout = sys.argv, sys.stdout
     flags = [a for a in args if a in ("-m", "--multirun")]  # argparse wants them before KEY=VALUE
+    argv, stdout = sys.argv, sys.stdout
     sys.argv, sys.stdout = [argv[0], *flags, *(a for a in args if a not in flags)], out
     try:
         app()
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        if error in bugs:
+            raise
         raise ConfigError(explain(error)) from error
     finally:
         sys.argv, sys.stdout = argv, stdout
@@ -165,7 +180,7 @@ def _explain_grammar(override: str) -> str:
     quoted = f'["{inner[1:-1]}"]' if re.fullmatch(r"\[.*\]", inner) else f'"{inner}"'
     return (
         f"Hydra's grammar cannot read {override!r}: quote the value for Hydra and the whole "
-        f"override for the shell, as in '{key}={quoted}'."
+        f"override for the shell, as in {shlex.quote(f'{key}={quoted}')}."
     )
 
 

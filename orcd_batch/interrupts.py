@@ -23,6 +23,8 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         for signum in (signal.SIGINT, signal.SIGTERM):
             try:
+                if signal.getsignal(signum) is signal.SIG_IGN:  # as a shell's background jobs have
+                    continue
                 self._previous[signum] = signal.signal(signum, self._handle)
             except ValueError:
                 return self

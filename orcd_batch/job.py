@@ -4,12 +4,14 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from orcd_batch.config import JobOptions
 from orcd_batch.data import DatasetOptions, InputDataset, PartStore, preview
 from orcd_batch.engine_factory import build_engine, choose_engine
+from orcd_batch.errors import RowError
 from orcd_batch.generation import Generation
 from orcd_batch.interrupts import Interrupts
 from orcd_batch.model_source import ModelSource
@@ -32,6 +34,7 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
     started = time.perf_counter()
     output = options.output or _shown(directory / "completions.parquet")
     with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
         view = stack.enter_context(JobView())
         dataset = InputDataset.open(options.data, _dataset_options(options))
         source = stack.enter_context(ModelSource.open(options.model))
@@ -44,16 +47,19 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
         stack.callback(store.close)
         if store.state == "complete":
             view.say(f"{output} is already complete; overwrite=true computes it again.")
+            _check_errors(options, store)
             return _document(store, dataset, output, 0, {}, view)
 
+        source.begin_confirmation()
         built = stack.enter_context(build_engine(source, options.engine, choice, view.loading))
         view.say(f"{source.config.name} on {choice.device} ({choice.kind} engine: {choice.reason})")
         loaded = time.perf_counter()
         generation = Generation(options, dataset, source, built.engine, store, view)
-        with Interrupts() as interrupts:
-            generation.run(interrupts)
+        generation.run(interrupts)
+        _check_errors(options, store)
         seconds = time.perf_counter() - loaded
         statistics = {
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "start_s": round(loaded - started, 3),
             "generate_s": round(seconds, 3),
             "tokens_computed": generation.num_tokens,
@@ -67,6 +73,19 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
             manifest(options, identity, source, built, totals, statistics, surroundings),
         )
         return _document(store, dataset, output, generation.num_rows, statistics, view)
+
+
+def _check_errors(options: JobOptions, store: PartStore) -> None:
+    """Under on_error=raise, error rows that an earlier run recorded count as well."""
+    if options.dataset.on_error != "raise":
+        return
+    num_errors = store.manifest["totals"]["num_errors"] if store.manifest else None
+    num_errors = run_totals(store).num_errors if num_errors is None else num_errors
+    if num_errors:
+        raise RowError(
+            f"{num_errors} rows of an earlier run of this job could not be run: their `error` says "
+            "why; dataset.on_error=record keeps them as error rows."
+        )
 
 
 def _dataset_options(options: JobOptions) -> DatasetOptions:

@@ -44,7 +44,9 @@ class ModelSource:
         self.template = self._open_template()
         self._confirmation: threading.Thread | None = None
         self._confirmed: list[str] = []
-        self.content_hash = self._content_hash()
+        remembered = cached_model_hash(gguf.path, cache_directory())
+        self._is_remembered = remembered is not None
+        self.content_hash = remembered or self._computed_hash()
 
     @classmethod
     def open(cls, options: ModelOptions) -> Self:
@@ -82,15 +84,25 @@ class ModelSource:
                 "plain text."
             )
 
+    def begin_confirmation(self) -> None:
+        """Starts to hash the file in the background when a remembered hash was used to start."""
+        if self._is_remembered and self._confirmation is None:
+            self._confirmation = threading.Thread(
+                target=lambda: self._confirmed.append(self._computed_hash()),
+                name="model-hash",
+                daemon=True,
+            )
+            self._confirmation.start()
+
     def confirm_hash(self) -> None:
-        """Waits for the file's real hash when a remembered one was used to start.
+        """Waits for the file's real hash when `begin_confirmation` was called.
 
         Raises CheckpointError when the file is not the one remembered.
         """
         if self._confirmation is None:
             return
         self._confirmation.join()
-        self._confirmation = None
+        self._confirmation, self._is_remembered = None, False
         if self._confirmed != [self.content_hash]:
             raise CheckpointError(
                 f"{self.gguf.path} changed while its size and time stayed the same: run the same "
@@ -101,6 +113,7 @@ class ModelSource:
         """Ends the template worker and unmaps the file."""
         if self._confirmation is not None:
             self._confirmation.join()
+            self._confirmation = None
         if self.template is not None:
             self.template.close()
         self.gguf.close()
@@ -121,23 +134,10 @@ class ModelSource:
             self.options.chat_date,
         )
 
-    def _content_hash(self) -> str:
-        """The file's hash: remembered and confirmed in the background, or computed now."""
-        remembered = cached_model_hash(self.gguf.path, cache_directory())
-        if remembered is None:
-            computed = model_hash(self.gguf)
-            remember_model_hash(self.gguf.path, cache_directory(), computed, self.gguf.identity)
-            return computed
-
-        def confirm() -> None:
-            self._confirmed.append(model_hash(self.gguf))
-            remember_model_hash(
-                self.gguf.path, cache_directory(), self._confirmed[0], self.gguf.identity
-            )
-
-        self._confirmation = threading.Thread(target=confirm, name="model-hash", daemon=True)
-        self._confirmation.start()
-        return remembered
+    def _computed_hash(self) -> str:
+        found = model_hash(self.gguf)
+        remember_model_hash(self.gguf.path, cache_directory(), found, self.gguf.identity)
+        return found
 
 
 def described(config: ModelConfig) -> dict[str, Any]:

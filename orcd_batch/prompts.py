@@ -6,7 +6,7 @@ from typing import Any
 
 from orcd_batch.config import SamplingOptions
 from orcd_batch.data import InputRow
-from orcd_batch.engine.request import Request, SamplingParams, StopCheck
+from orcd_batch.engine.request import MAX_SAMPLES, Request, SamplingParams, StopCheck
 from orcd_batch.errors import OrcdError, RowError
 from orcd_batch.reproducibility.hashes import stream_digest
 from orcd_batch.text import ChatTemplate, StopStringCheck, Tokenizer
@@ -59,7 +59,7 @@ class RequestBuilder:
     def num_samples(self, row: InputRow) -> int:
         """How many output rows the row gets, even when it cannot be run."""
         n = row.overrides.get("n", self._options.n)
-        return n if isinstance(n, int) and n >= 1 else self._options.n
+        return n if isinstance(n, int) and 1 <= n <= MAX_SAMPLES else self._options.n
 
     def requests(self, row: InputRow) -> list[Request]:
         """One request per sample of the row. Raises RowError with the reason it cannot be run."""

@@ -1,5 +1,6 @@
 """What a result depends on: the job's identity, and the manifest written with the output."""
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,14 +25,16 @@ def job_identity(
     counts on the numpy engine only: nothing it computes reaches a GPU's bits.
     """
     plain = asdict(options)
-    no_effect = {"git_commit", "cpu"} if choice.kind == "cuda" else {"git_commit"}
+    no_effect = {"orcd_batch", "git_commit"}  # code_hash says it better
+    if choice.kind == "cuda":
+        no_effect.add("cpu")
     return {
         "model_hash": source.content_hash,
         "input_hash": input_hash,
         "tokenizer_hash": source.tokenizer.content_hash,
         "template_hash": source.template_hash,
         "model": {k: plain["model"][k] for k in ("chat", "chat_date", "sliding_window")},
-        "max_model_len": plain["engine"]["max_model_len"],
+        "max_model_len": options.engine.max_model_len or source.config.context_length,
         "sampling": plain["sampling"],
         "dataset": {k: v for k, v in plain["dataset"].items() if k != "on_error"},
         "engine": choice.kind,
@@ -87,6 +90,7 @@ def manifest(
         "config": asdict(options),
         "model": {"path": str(source.gguf.path), **described(source.config)},
         "engine": built.describe(),
+        "num_devices": 1 if built.kind == "cuda" else os.cpu_count(),
         "totals": asdict(totals),
         "statistics": statistics,
         "run_hash": totals.run_hash,

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class JobView:
     def say(self, sentence: str) -> None:
         """One line for the reader and the log."""
         log.info("%s", sentence)
-        self.console.print(escape(sentence), highlight=False)
+        self.console.print(_plain(sentence))
 
     def loading(self, part: str, done: int, total: int) -> None:
         """`part` ("blk.3") is in place, `done` of `total` parts are."""
@@ -87,12 +87,19 @@ class JobView:
             table.add_column("prompt", ratio=1)
             table.add_column("completion", ratio=2)
             for prompt, completion in samples:
-                table.add_row(escape(prompt), escape(completion))
+                table.add_row(_plain(prompt), _plain(completion))
             self.console.print(table)
         summary = Table(show_header=False, box=None, pad_edge=False)
         for name, value in facts.items():
             log.info("%s: %s", name, value)
             style = "bold" if name == "run_hash" else ""
             shown = f"{value:,}" if isinstance(value, int | float) else str(value)
-            summary.add_row(name.replace("_", " "), escape(shown), style=style)
+            summary.add_row(name.replace("_", " "), _plain(shown), style=style)
         self.console.print(summary)
+
+
+def _plain(text: str) -> Text:
+    """Text from a model or data file without control characters, which could steer the terminal."""
+    return Text(
+        "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    )

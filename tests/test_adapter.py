@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +159,8 @@ def test_a_closed_model_raises_and_closing_twice_is_harmless(path: Path) -> None
         ({"kv_cache_bytes": 10**18, "max_num_seqs": 10**15}, DeviceError, "are free"),
         ({"max_num_seqs": 8, "max_num_batched_tokens": 7}, ConfigError, "less than"),
         ({"sliding_window": -5}, OrcdError, "window"),
+        ({"max_num_seqs": 0}, ConfigError, "at least 1"),
+        ({"num_threads": -5}, ConfigError, "one per core"),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_the_reason(
@@ -165,6 +168,19 @@ def test_options_that_cannot_work_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(error, match=message):
         LlamaInferenceAdapter.load(path, engine="numpy", **options)
+
+
+def test_an_engine_that_does_not_exist_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match="auto or cuda or numpy"):
+        LlamaInferenceAdapter.load(path, engine="tpu")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": 1.5}, {"max_tokens": None}, {"temperature": "hot"}, {"n": True}]
+)
+def test_sampling_parameters_of_the_wrong_type_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.*must be a"):
+        SamplingParams(**wrong)
 
 
 def test_weights_outside_fp16_are_refused_by_tensor_name(tmp_path: Path) -> None:

@@ -64,9 +64,26 @@ def test_a_wrong_command_line_gets_one_sentence(capsys, jobs, args, sentence):
     assert not jobs
 
 
-def test_debug_shows_the_traceback(jobs):
-    with pytest.raises(Exception, match="data is not set"):
-        main(["model=phi3", "debug=true"])
+def test_debug_shows_the_traceback_before_the_sentence_and_keeps_the_exit_code(capsys, jobs):
+    code, _, err = run(capsys, "model=phi3", "debug=true")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.strip().splitlines()[-1].startswith("orcd-batch: data is not set")
+
+
+def test_what_hydra_does_not_expect_is_still_a_sentence(capsys, jobs):
+    code, out, err = run(capsys, "model=phi3", "data=a", "sampling=null")
+    assert code == 2
+    assert not out
+    assert "Traceback" not in err
+
+
+def test_an_ill_typed_value_refuses_a_sweep_before_any_job_runs(capsys, jobs):
+    code, out, err = run(capsys, "-m", "model=phi3", "data=a", "sampling.temperature=0,abc")
+    assert code == 2
+    assert "could not be converted" in err
+    assert not out
+    assert not jobs
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,45 @@ def test_on_error_raise_stops_with_exit_code_1_and_keeps_finished_rows(run, tmp_
     assert document["errors"] == 1
 
 
+def test_on_error_raise_counts_the_error_rows_of_an_earlier_run(run, tmp_path):
+    data = write(tmp_path / "bad.parquet", prompt=["fine", None])
+    assert run(data, "output=o.parquet")[0] == 0
+    code, document, err = run(data, "output=o.parquet", "dataset.on_error=raise")
+    assert code == 1
+    assert document is None
+    assert "1 rows" in err
+
+
+def test_bytes_that_are_no_text_spoil_their_own_row_only(run, tmp_path):
+    spoilt = pa.Array.from_buffers(
+        pa.string(),
+        2,
+        [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"ok\xff")],
+    )
+    code, document, err = run(write(tmp_path / "bytes.parquet", prompt=spoilt))
+    assert code == 0, err
+    assert document["errors"] == 1
+    assert "UTF-8" in pq.read_table(document["output"], columns=["error"])["error"][1].as_py()
+
+
+def test_what_a_model_says_cannot_steer_the_terminal(run, tmp_path):
+    data = write(tmp_path / "escape.parquet", prompt=["red \x1b[31m and \x1b]0;title\x07"])
+    code, _, err = run(data)
+    assert code == 0
+    assert "\x1b]0;" not in err
+    assert "\x1b[31m" not in err
+
+
+def test_a_number_of_samples_that_would_fill_memory_is_refused(run, prompts, tmp_path):
+    code, _, err = run(prompts, "sampling.n=2000000000")
+    assert code == 2
+    assert "between 1 and 16384" in err
+    data = write(tmp_path / "many.parquet", prompt=["x"], n=[2_000_000_000])
+    code, document, _ = run(data, "dataset.sampling_columns=[n]")
+    assert code == 0
+    assert document["rows"] == document["errors"] == 1
+
+
 def test_each_row_may_bring_its_own_sampling_and_samples(run, tmp_path):
     data = write(
         tmp_path / "own.parquet",

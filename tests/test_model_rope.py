@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.fake_ops import CONFIG
 
+from orcd_batch.errors import CheckpointError
 from orcd_batch.model import rope_table
 from orcd_batch.model.rope import cos_sin
 
@@ -43,3 +44,9 @@ def test_cosine_and_sine_are_those_of_numpy_to_the_last_bits() -> None:
     assert np.abs(cos - np.cos(angles)).max() < 1e-15
     assert np.abs(sin - np.sin(angles)).max() < 1e-15
     assert np.abs(cos * cos + sin * sin - 1).max() < 1e-15
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-12, np.nan])
+def test_frequencies_that_make_no_sense_are_refused(factor: float) -> None:
+    with pytest.raises(CheckpointError, match="rope_freqs"):
+        rope_table(CONFIG, 9, np.array([1, 1, 1, factor], np.float32))

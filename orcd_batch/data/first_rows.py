@@ -5,6 +5,7 @@ from typing import Any
 
 from orcd_batch.data.location import Location
 from orcd_batch.data.parquet_file import ParquetInput
+from orcd_batch.data.row_values import BadCell, cells
 
 _MAX_CHARACTERS = 240
 
@@ -21,8 +22,9 @@ def preview(output: str, input_column: str, prefix: str, count: int) -> list[tup
         if input_column in parquet.schema.names:
             names.append(input_column)
         batches = parquet.batches(0, names) if parquet.row_group_sizes else iter(())
-        rows = next(batches, None)
-        found = [] if rows is None else rows.slice(0, count).to_pylist()
+        head = next(batches, None)
+        columns = [] if head is None else [cells(head.column(n).slice(0, count)) for n in names]
+        found = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     finally:
         parquet.close()
     return [(_text(row.get(input_column)), _outcome(row, names)) for row in found]
@@ -34,6 +36,8 @@ def _outcome(row: dict[str, Any], names: Sequence[str]) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, BadCell):
+        value = f"[{value.reason}]"
     if isinstance(value, list):
         last = value[-1] if value else {}
         value = last.get("content") if isinstance(last, dict) else f"{len(value)} token ids"

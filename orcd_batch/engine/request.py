@@ -3,9 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal
 
 from orcd_batch.errors import ConfigError
+
+# Samples of one row; each is a sequence of its own, so that a mistyped number cannot fill memory.
+MAX_SAMPLES = 16_384
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -35,21 +39,35 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "seed", "max_tokens", "n"):
+            self._set(name, Integral, int, "a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            self._set(name, Real, float, "a number")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
         checks = (
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_k", self.top_k >= -1, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
             ("seed", 0 <= self.seed < 2**64, "between 0 and 18446744073709551615"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("n", self.n >= 1, "at least 1"),
+            ("n", 1 <= self.n <= MAX_SAMPLES, f"between 1 and {MAX_SAMPLES}"),
             ("stop", all(self.stop), "strings that are not empty"),
         )
         for name, good, allowed in checks:
             if not good:
                 value = getattr(self, name)
                 raise ConfigError(f"{name}={value!r} is out of range: it must be {allowed}.")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+
+    def _set(self, name: str, kind: type, convert: Callable[[Any], object], wanted: str) -> None:
+        """The field as a plain Python number; numpy's are taken too. Raises ConfigError."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ConfigError(f"{name}={value!r} must be {wanted}.")
+        object.__setattr__(self, name, convert(value))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orcd_batch.checkpoint.model_config import ModelConfig
+from orcd_batch.errors import CheckpointError
 
 Doubles = NDArray[np.float64]
 
@@ -40,7 +41,12 @@ def rope_table(
     """
     frequencies = _frequencies(config.rope_theta, config.head_dim // 2)
     if rope_freqs is not None:
-        frequencies /= rope_freqs.astype(np.float64)
+        with np.errstate(divide="ignore"):
+            frequencies /= rope_freqs.astype(np.float64)
+    if not np.isfinite(frequencies).all():
+        raise CheckpointError(
+            "The tensor rope_freqs.weight holds a zero or no number: convert the model again."
+        )
     table = np.empty((num_positions, 2, len(frequencies)), np.float32)
     for first in range(0, num_positions, _CHUNK):
         chunk = table[first : first + _CHUNK]
@@ -52,10 +58,15 @@ def rope_table(
 def cos_sin(angles: Doubles) -> tuple[Doubles, Doubles]:
     """cos and sin of angles in radians, within 1e-15 for |angle| < 1.6 million.
 
+    Raises CheckpointError beyond that, where the reduction would no longer be exact.
     Cody-Waite reduction to [-pi/4, pi/4], then Taylor polynomials.
     """
     quarters = np.rint(angles * _TWO_OVER_PI)
-    assert np.abs(quarters).max(initial=0.0) < _MAX_QUARTERS, "angle beyond the exact reduction"
+    if not np.abs(quarters).max(initial=0.0) < _MAX_QUARTERS:
+        raise CheckpointError(
+            f"The rotary angles reach {np.abs(angles).max():g}: the file's rope.freq_base, "
+            "rope.scaling.factor or rope_freqs.weight is not sane; convert the model again."
+        )
     r = angles - quarters * _HALF_PI[0]
     r -= quarters * _HALF_PI[1]
     r -= quarters * _HALF_PI[2]

@@ -4,6 +4,7 @@ import hashlib
 import platform
 import re
 import subprocess
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def environment(engine_kind: str) -> dict[str, Any]:
     adds the CUDA packages (the driver and the card are the backend's to tell).
     """
     found: dict[str, Any] = {
-        "orcd_batch": package_version("orcd-batch"),
+        "orcd_batch": own_version(),
         "git_commit": git_commit(),
         "python": platform.python_version(),
         **{name: package_version(name) for name in _PACKAGES},
@@ -29,6 +30,15 @@ def environment(engine_kind: str) -> dict[str, Any]:
     if engine_kind == "cuda":
         return found | {name: package_version(name) for name in _CUDA_PACKAGES}
     return found | {"blas": blas_builds()}
+
+
+def own_version() -> str:
+    """This package's version: the installed one, else the checkout's."""
+    installed = package_version("orcd-batch")
+    project = _package().parent / "pyproject.toml"
+    if installed is None and project.is_file():
+        return str(tomllib.loads(project.read_text())["project"]["version"])
+    return installed or "unknown"
 
 
 def package_version(name: str) -> str | None:
