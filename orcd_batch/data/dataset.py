@@ -106,7 +106,7 @@ class InputDataset:
         if would_read(self._listed, output):
             raise OutputError(
                 f"The output {output} would lie among the input files of data="
-                f"{', '.join(self._listed)}: choose another output."
+                f"{', '.join(self._listed)}: name one elsewhere with output=FILE.parquet."
             )
 
     def content_hash(self) -> str:
