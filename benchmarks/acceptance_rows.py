@@ -1,4 +1,4 @@
-"""Rows that acceptance runs are made of: prompts of random token ids, each with its own sampling."""
+"""The rows of acceptance runs: prompts of random token ids, each with its own sampling."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -80,7 +80,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
     columns = {name: [getattr(row.params, name) for row in rows] for name in SAMPLING_COLUMNS}
     prompts = pa.array([row.prompt for row in rows], pa.list_(pa.int32()))
-    pq.write_table(pa.table({"id": [row.id for row in rows], "token_ids": prompts, **columns}), path)
+    pq.write_table(
+        pa.table({"id": [row.id for row in rows], "token_ids": prompts, **columns}), path
+    )
 
 
 def read_bits(path: Path) -> dict[str, Bits]:

@@ -63,7 +63,7 @@ class CommandLineJob:
         """
         process = self.start(output)
         parts = self.folder / f"{output}.parts"
-        while process.poll() is None and not any(parts.glob("part-*")):
+        while process.poll() is None and not any(parts.glob("part-*.arrow")):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         _, err = process.communicate()

@@ -17,6 +17,7 @@ import numpy as np
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
 from orcd_batch.backend.cuda.graph import time_launches
 from orcd_batch.backend.cuda.ops import CudaOps
+from orcd_batch.backend.cuda.placed_batch import PlacedBatch
 from orcd_batch.backend.cuda.sampling import Sampling
 from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, SampleBatch
 
@@ -151,7 +152,7 @@ class Bench:
         ]
         starts = np.cumsum([0, *(queries for _, queries in sequences)])
         num_tokens = int(starts[-1])
-        return cache, Batch(
+        return cache, PlacedBatch(
             token_ids=self.put(np.zeros(num_tokens, np.int32)),
             positions=self.put(np.concatenate(new).astype(np.int32)),
             slot_mapping=self.put(np.concatenate(slots).astype(np.int32)),
@@ -159,6 +160,7 @@ class Bench:
             context_lens=self.put(np.array([c for c, _ in sequences], np.int32)),
             block_tables=self.put(tables),
             logits_rows=self.put(np.zeros(1, np.int32)),
+            num_leading=next((i for i, (_, n) in enumerate(sequences) if n > 1), len(sequences)),
         )
 
     def attention(

@@ -20,7 +20,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("benchmarks", "tests", "")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.vocabulary import CHATML_TEMPLATE, gpt2_vocabulary, llama_vocabulary
 from true_shapes import SHAPES, Shape, TensorPlan, metadata, tensor_plans

@@ -1,4 +1,4 @@
-"""The true shapes of four models, and what their GGUF files hold: tensors by name, size and scale."""
+"""The true shapes of four models, and the tensors of their files: name, size and scale."""
 
 import math
 from collections.abc import Iterator
@@ -138,9 +138,7 @@ def metadata(shape: Shape, name: str) -> dict[str, Any]:
     }
 
 
-def _layer(
-    shape: Shape, prefix: str, attention_std: float, ffn_std: float
-) -> Iterator[TensorPlan]:
+def _layer(shape: Shape, prefix: str, attention_std: float, ffn_std: float) -> Iterator[TensorPlan]:
     hidden, ffn = shape.hidden_size, shape.intermediate_size
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     qkv_std, gate_std = _QKV_STD / math.sqrt(hidden), 1 / math.sqrt(hidden)

@@ -11,8 +11,9 @@
 // mapping:   KIND 0, decode: sequences with one query. Item = (sequence, split, KV head, row tile);
 //            warp w of the grid owns items w, w + W, … and streams their tiles through its own
 //            stages without a gap. A query with one split is done; others leave partials.
-//            KIND 1, prefill: sequences with more. Block (i, KV head) owns WARPS * ROW_TILES * 16
-//            rows of one sequence and walks its tiles; warps share the tiles in shared memory.
+//            KIND 1, prefill: sequences with more; query_start[0] need not be 0. Block (i, KV head)
+//            owns WARPS * ROW_TILES * 16 rows of one sequence and walks its tiles; warps share the
+//            tiles in shared memory.
 //            KIND 2, merge: warp = (sequence, head), of the queries that left partials.
 // macros:    NUM_HEADS (H), NUM_KV_HEADS (Hkv), HEAD_DIM (D, a multiple of 16 up to 128), KIND,
 //            WARPS, ROW_TILES (1 for decode), STAGES (2 for prefill), MIN_BLOCKS (resident per SM)
@@ -273,7 +274,8 @@ constexpr int PARKED = ROW_TILES * (COLUMN_TILES + 1) * WARP;  // float4s of a w
 
 // Every sequence gets at least enough consecutive row blocks; the few left over stay idle.
 __device__ __forceinline__ int first_row_block(const i32* query_start, int sequence) {
-    return (int)((i64)query_start[sequence] * GROUP / BLOCK_ROWS) + sequence;
+    const i64 query = query_start[sequence] - query_start[0];
+    return (int)(query * GROUP / BLOCK_ROWS) + sequence;
 }
 
 // The last sequence whose row blocks start at or before `block`, by a 32-way search.
@@ -302,6 +304,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
               const i32* __restrict__ context_lens, const i32* __restrict__ block_tables,
               f16* __restrict__ out, int num_sequences, int max_blocks, int reach, float scale) {
     extern __shared__ __align__(128) char shared[];
+    let_next_start();
+    wait_for_previous();
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int kv_head = blockIdx.y;
@@ -531,6 +535,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
               f16* __restrict__ out, int num_sequences, int max_blocks, int reach, float scale,
               float* __restrict__ partials) {
     extern __shared__ __align__(128) char shared[];
+    let_next_start();
+    wait_for_previous();
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const u32 stages = shared_address(shared) + warp * STAGES * STAGE_BYTES;
@@ -628,6 +634,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
               const i32* __restrict__ context_lens, f16* __restrict__ out, int num_sequences,
               int max_blocks, int reach, float scale) {
     const int lane = threadIdx.x % WARP;
+    let_next_start();
+    wait_for_previous();
     const int index = blockIdx.x * WARPS + threadIdx.x / WARP;
     const int sequence = index / NUM_HEADS;
     const int head = index % NUM_HEADS;

@@ -98,6 +98,23 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// --- one kernel's start beside the end of the one before (sm_90 and later) ------------------------
+
+// The next kernel may be set up from here on; it waits for this one by itself.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Every kernel before this one has run, and what it wrote is there. A kernel that calls this is
+// launched before that; until then it may read only what no step writes: weights.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // --- reductions in a fixed order ------------------------------------------------------------------
 // A butterfly: every lane ends with the same bits, and the order depends on nothing but the lane.
 
@@ -189,7 +206,8 @@ struct NormRow {
             sum = __fmaf_rn(x[i].w, x[i].w, sum);
         }
         const float mean = __fdiv_rn(block_sum<BLOCK_THREADS / WARP>(sum, scratch), (float)COLUMNS);
-        const float scale = __frsqrt_rn(__fadd_rn(mean, eps));
+        // mean * 0 is 0, or NaN where the sum overflowed: that must show, not become zeros.
+        const float scale = __fadd_rn(__frsqrt_rn(__fadd_rn(mean, eps)), __fmul_rn(mean, 0.0f));
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             const int v = threadIdx.x + i * BLOCK_THREADS;

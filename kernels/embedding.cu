@@ -15,6 +15,8 @@ static_assert(HIDDEN % 8 == 0, "whole vectors of eight columns");
 extern "C" __global__ void __launch_bounds__(THREADS)
     embedding(const i32* __restrict__ token_ids, const f16* __restrict__ token_embd,
               float* __restrict__ x) {
+    let_next_start();
+    wait_for_previous();
     const size_t t = blockIdx.x;
     const uint4* source = (const uint4*)(token_embd + (size_t)token_ids[t] * HIDDEN);
     float4* target = (float4*)(x + t * HIDDEN);

@@ -44,6 +44,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     gemm_k16(const f16* __restrict__ x, const f16* __restrict__ w, float* __restrict__ y, int M,
              int N, int K) {
     extern __shared__ __align__(16) f16 stages[];
+    let_next_start();
+    wait_for_previous();
     const int lane = threadIdx.x % WARP;
     const int warp_m = threadIdx.x / WARP / WARPS_N * WARP_M;
     const int warp_n = threadIdx.x / WARP % WARPS_N * WARP_N;

@@ -13,6 +13,8 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
     rms_norm(const float* __restrict__ x, const float* __restrict__ weight, f16* __restrict__ y,
              float eps) {
+    let_next_start();
+    wait_for_previous();
     const size_t offset = (size_t)blockIdx.x * HIDDEN;
     NormRow<HIDDEN, THREADS> row;
     row.load(x + offset);

@@ -66,6 +66,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                    const float* __restrict__ rope_table, const i32* __restrict__ positions,
                    const i32* __restrict__ slot_mapping, f16* __restrict__ q,
                    f16* __restrict__ keys, f16* __restrict__ values) {
+    let_next_start();
+    wait_for_previous();
     const size_t t = blockIdx.x;
     const int unit = blockIdx.y * THREADS + threadIdx.x;
     if (unit >= (NUM_HEADS + NUM_KV_HEADS) * UNITS) return;

@@ -445,6 +445,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTERED ? 2 : 1)
     __shared__ Stats stats_scratch[NUM_WARPS], stats_of[PARTS];
     __shared__ Best best_scratch[NUM_WARPS], best_of[PARTS];
     __shared__ Histogram histogram;
+    let_next_start();
+    wait_for_previous();
     const int r = CLUSTERED ? blockIdx.x / PARTS : blockIdx.x;
 
     Row row;

@@ -26,6 +26,8 @@ __device__ __forceinline__ uint2 gated_four(float4 gate, float4 up) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     swiglu(const float* __restrict__ gate_up, f16* __restrict__ y, int num_tokens) {
+    let_next_start();
+    wait_for_previous();
     const size_t unit = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (unit >= (size_t)num_tokens * UNITS) return;
     const float* row = gate_up + unit / UNITS * 2 * INTERMEDIATE;

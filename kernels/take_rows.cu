@@ -12,6 +12,8 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     take_rows(const uint4* __restrict__ x, const i32* __restrict__ rows, uint4* __restrict__ y) {
+    let_next_start();
+    wait_for_previous();
     const size_t r = blockIdx.x;
     const uint4* source = x + (size_t)rows[r] * ROW_VECTORS;
     for (int i = threadIdx.x; i < ROW_VECTORS; i += THREADS) y[r * ROW_VECTORS + i] = source[i];

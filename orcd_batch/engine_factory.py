@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.checkpoint import GGUFFile, ModelConfig, weight_map
 from orcd_batch.config import EngineOptions
-from orcd_batch.engine.engine import Engine
+from orcd_batch.engine.engine import Engine, check_limits
 from orcd_batch.errors import ConfigError, DeviceError
 from orcd_batch.memory import available_memory_bytes
 from orcd_batch.model import Progress, load_weights, weight_bytes
@@ -97,12 +96,7 @@ class BuiltEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -222,11 +216,12 @@ def _build_cuda(
             num_blocks=plan.num_blocks,
             max_model_len=max_model_len,
             prefix_caching=options.prefix_caching,
+            run_ahead=True,
         )
         ops.prepare(shape, max_num_batched_tokens, max_num_seqs)
         return engine
 
-    ops = CudaOps()
+    ops = CudaOps(graphs=options.graphs)
     engine = _closing_on_failure(ops, fill)
     num_cache_bytes = engine.block_manager.num_blocks * shape.kv_block_bytes
     return BuiltEngine(engine, config, ops, choice, num_weight_bytes, num_cache_bytes)
@@ -243,7 +238,9 @@ def _closing_on_failure(ops: Any, fill: Callable[[Any], Engine]) -> Engine:
 def _limits(options: EngineOptions, num_seqs: int, num_tokens: int) -> tuple[int, int]:
     """(max_num_seqs, max_num_batched_tokens), the engine's own defaults filled in."""
     max_num_seqs = options.max_num_seqs or min(num_seqs, options.max_num_batched_tokens or num_seqs)
-    return max_num_seqs, options.max_num_batched_tokens or max(num_tokens, max_num_seqs)
+    max_num_batched_tokens = options.max_num_batched_tokens or max(num_tokens, max_num_seqs)
+    check_limits(max_num_seqs, max_num_batched_tokens)
+    return max_num_seqs, max_num_batched_tokens
 
 
 def _blocks(num_positions: int) -> int:

@@ -77,7 +77,7 @@ class Bench:
 
 def _has_part(parts: Path) -> bool:
     try:
-        return any(name.startswith("part-") for name in os.listdir(parts))
+        return any(name.endswith(".arrow") for name in os.listdir(parts))
     except FileNotFoundError:
         return False
 

@@ -51,6 +51,8 @@ def expected_tokens(prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+both_ways = pytest.mark.parametrize("run_ahead", [False, True], ids=["in step", "run ahead"])
+
 prompts = st.builds(
     lambda shared, own, tail: [3] * shared + [own] * tail,
     st.sampled_from([0, 5, 64, 128, 150]),
@@ -66,6 +68,7 @@ prompts = st.builds(
     extra_tokens=st.integers(0, 300),
     num_blocks=st.integers(6, 30),
     prefix_caching=st.booleans(),
+    run_ahead=st.booleans(),
     order=st.integers(0, 1000),
 )
 def test_every_request_gets_its_own_tokens_under_any_limits(
@@ -74,6 +77,7 @@ def test_every_request_gets_its_own_tokens_under_any_limits(
     extra_tokens: int,
     num_blocks: int,
     prefix_caching: bool,
+    run_ahead: bool,
     order: int,
 ) -> None:
     engine = engine_with(
@@ -81,6 +85,7 @@ def test_every_request_gets_its_own_tokens_under_any_limits(
         max_num_batched_tokens=max_num_seqs + extra_tokens,
         num_blocks=num_blocks,
         prefix_caching=prefix_caching,
+        run_ahead=run_ahead,
     )
     requests = [request(key, prompt, count) for key, (prompt, count) in enumerate(rows)]
     random.Random(order).shuffle(requests)
@@ -93,9 +98,10 @@ def test_every_request_gets_its_own_tokens_under_any_limits(
     assert engine.ops.max_tokens <= max_num_seqs + extra_tokens
 
 
-def test_samples_of_one_prompt_compute_its_blocks_once() -> None:
+@both_ways
+def test_samples_of_one_prompt_compute_its_blocks_once(run_ahead: bool) -> None:
     ops = FakeOps()
-    engine = engine_with(ops, max_num_seqs=8, max_num_batched_tokens=512)
+    engine = engine_with(ops, max_num_seqs=8, max_num_batched_tokens=512, run_ahead=run_ahead)
     prompt = [7] * (2 * BLOCK_SIZE + 10)
     finished = run(engine, [request(i, prompt, 3) for i in range(8)])
     assert {tuple(done.token_ids) for done in finished.values()} == {
@@ -124,6 +130,13 @@ def test_others_pass_a_prompt_that_waits_for_its_twin() -> None:
     engine.step()
     assert [s.request.key for s in engine.scheduler.running] == ["a", "b"]
     assert run(engine, [])["twin"].token_ids == expected_tokens(twin, 5)
+
+
+def test_who_may_generate_most_is_admitted_first_and_equals_in_order() -> None:
+    engine = engine_with(max_num_seqs=1)
+    for key, count in (("b", 3), ("long", 9), ("c", 3), ("short", 1)):
+        engine.add(request(key, [1, 2], count))
+    assert list(run(engine, [])) == ["long", "b", "c", "short"]
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_computed_in_chunks() -> None:
@@ -159,12 +172,13 @@ def test_a_request_that_cannot_run_is_an_error_and_its_neighbours_are_not(
     assert finished["good"].token_ids == expected_tokens([1, 2], 5)
 
 
-def test_logits_that_are_not_finite_end_one_request_only() -> None:
+@both_ways
+def test_logits_that_are_not_finite_end_one_request_only(run_ahead: bool) -> None:
     ops = FakeOps()
     bad_prompt, good_prompt = [8, 8], [6] * 70
     third = bad_prompt + expected_tokens(bad_prompt, 1)
     ops.not_finite.add(digest(third))
-    engine = engine_with(ops)
+    engine = engine_with(ops, run_ahead=run_ahead)
     finished = run(engine, [request("bad", bad_prompt), request("good", good_prompt)])
     assert finished["bad"].finish_reason == "error"
     assert finished["bad"].token_ids == finished["bad"].fingerprints == []
@@ -179,13 +193,15 @@ def test_generation_ends_at_the_context() -> None:
     assert (len(done.token_ids), done.finish_reason) == (3, "length")
 
 
-def test_a_stop_token_ends_a_sample_and_is_kept() -> None:
+@both_ways
+def test_a_stop_token_ends_a_sample_and_is_kept(run_ahead: bool) -> None:
     tokens = expected_tokens([1, 2, 3], 20)
     stop = tokens[4]
     wanted = tokens[: tokens.index(stop) + 1]
     ids = frozenset({stop})
+    engine = engine_with(run_ahead=run_ahead)
     finished = run(
-        engine_with(),
+        engine,
         [
             request("stops", [1, 2, 3], 20, stop_token_ids=ids),
             request("ignores", [1, 2, 3], 20, stop_token_ids=ids, ignore_eos=True),
@@ -196,9 +212,33 @@ def test_a_stop_token_ends_a_sample_and_is_kept() -> None:
     assert finished["stops"].finish_reason == "stop"
     assert finished["ignores"].token_ids == tokens
     assert finished["last"].finish_reason == "stop"
+    assert engine.block_manager.num_available == 40
+    assert engine.statistics()["decode_tokens"] == 2 * len(wanted) + len(tokens) - 3
 
 
-def test_a_stop_check_sees_every_token_and_each_sample_has_its_own() -> None:
+def test_blocks_are_held_until_the_last_launched_step_that_writes_to_them() -> None:
+    tokens = expected_tokens([1, 2, 3], 20)
+    engine = engine_with(run_ahead=True)
+    engine.add(request(0, [1, 2, 3], 20, stop_token_ids=frozenset({tokens[4]})))
+    stopped_after = tokens.index(tokens[4]) + 1
+    for _ in range(stopped_after):
+        assert not engine.step()
+    assert [len(done.token_ids) for done in engine.step()] == [stopped_after]
+    assert engine.has_unfinished
+    assert engine.block_manager.num_available == 39
+    assert not engine.step()
+    assert not engine.has_unfinished
+    assert engine.block_manager.num_available == 40
+
+
+def test_no_step_is_launched_beyond_the_last_token_of_its_sequences() -> None:
+    ops = FakeOps()
+    run(engine_with(ops, run_ahead=True), [request(0, [1, 2, 3], 7)])
+    assert ops.num_tokens == 3 + 6
+
+
+@both_ways
+def test_a_stop_check_sees_every_token_and_each_sample_has_its_own(run_ahead: bool) -> None:
     seen: list[list[int]] = []
 
     def make_check() -> Any:
@@ -210,17 +250,17 @@ def test_a_stop_check_sees_every_token_and_each_sample_has_its_own() -> None:
 
         return check
 
-    finished = run(
-        engine_with(), [request(i, [1, 2], 10, make_stop_check=make_check) for i in range(2)]
-    )
+    engine = engine_with(run_ahead=run_ahead)
+    finished = run(engine, [request(i, [1, 2], 10, make_stop_check=make_check) for i in range(2)])
     for done in finished.values():
         assert (len(done.token_ids), done.finish_reason) == (3, "stop")
     assert sorted(len(ids) for ids in seen) == [1, 1, 2, 2, 3, 3]
 
 
-def test_a_step_that_fails_can_be_repeated() -> None:
+@both_ways
+def test_a_step_that_fails_can_be_repeated(run_ahead: bool) -> None:
     ops = FakeOps()
-    engine = engine_with(ops)
+    engine = engine_with(ops, run_ahead=run_ahead)
     requests = [request(i, [i + 1] * 70, 4) for i in range(6)]
     for item in requests:
         engine.add(item)
@@ -239,8 +279,9 @@ def test_a_step_that_fails_can_be_repeated() -> None:
     assert engine.block_manager.num_available == 40
 
 
-def test_reset_drops_everything_and_leaks_nothing() -> None:
-    engine = engine_with()
+@both_ways
+def test_reset_drops_everything_and_leaks_nothing(run_ahead: bool) -> None:
+    engine = engine_with(run_ahead=run_ahead)
     for i in range(6):
         engine.add(request(i, [i + 1] * 100))
     engine.step()

@@ -13,7 +13,15 @@ from orcd_batch.backend.numpy_dequantize import dequantize_rows, dequantize_vect
 from orcd_batch.backend.numpy_linear import PanelWeight, Plan, choose_plan, linear
 from orcd_batch.backend.numpy_sampler import MAX_VOCAB_SIZE, RowResult, sample_row
 from orcd_batch.backend.numpy_threads import Task, Workers
-from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, SampleBatch, Sampled, TensorPart
+from orcd_batch.backend.ops import (
+    BLOCK_SIZE,
+    Batch,
+    Compute,
+    KVCache,
+    SampleBatch,
+    Sampled,
+    TensorPart,
+)
 from orcd_batch.errors import CheckpointError, ClosedError
 
 Floats = NDArray[np.float32]
@@ -119,6 +127,7 @@ class NumpyOps:
             root /= np.float32(x.shape[1])
             root += np.float32(eps)
             np.sqrt(root, out=root)
+            root[np.isinf(root)] = np.nan  # an overflow must show in the logits, not become zeros
             out = x / root
             out *= weight
         return out
@@ -196,6 +205,14 @@ class NumpyOps:
             np.array(columns[3], np.int64),
             np.array(columns[4], np.bool_),
         )
+
+    def launch(
+        self, compute: Compute, batch: Batch, sampling: SampleBatch | None
+    ) -> Sampled | None:
+        return compute(self.place(batch), sampling)
+
+    def collect(self, launched: Sampled | None) -> Sampled | None:
+        return launched
 
     def to_host(self, x: Floats) -> Floats:
         return np.asarray(x, np.float32)

@@ -9,7 +9,7 @@ reductions run in an order fixed by the model's shape. Numpy computes in fp32; t
 weights, KV cache and matrix inputs, and fp32 accumulation, residual stream and logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,7 +44,8 @@ class TensorPart:
 class Batch:
     """One step's tokens, packed without padding, sequence after sequence.
 
-    token_ids, positions, slot_mapping: (T,) int32; slot = block * BLOCK_SIZE + offset.
+    token_ids, positions, slot_mapping: (T,) int32; slot = block * BLOCK_SIZE + offset. For `launch`
+    only, a token id of -1 - r stands for the one sampled in row r of the step launched before.
     query_start: (B + 1,) int32, where each sequence's tokens begin in T.
     context_lens: (B,) int32, tokens of the sequence in the cache once this step has run.
     block_tables: (B, max_blocks) int32, padded with 0. logits_rows: (R,) int32, rows of T.
@@ -66,7 +67,8 @@ class SampleBatch:
     temperature, top_p, min_p, repetition_penalty: (R,) float32 (temperature 0 is greedy).
     top_k: (R,) int32, 0 is off. seed, stream: (R,) uint64. position: (R,) uint32, the index in
     its sequence of the token being sampled. seen_ids: (S,) int32 and seen_start: (R + 1,) int32:
-    the distinct prompt and completion ids of each row (empty where the penalty is 1).
+    the distinct prompt and completion ids of each row (empty where the penalty is 1; for `launch`
+    negative ids stand for sampled ones as in Batch, and may repeat another).
     """
 
     temperature: Array
@@ -83,7 +85,7 @@ class SampleBatch:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What sampling R rows gave, on the host.
+    """What sampling R rows gave; on the host once it comes out of `collect`.
 
     token_ids: (R,) int32. logprobs: (R,) float32, of the chosen token under the raw logits.
     margins: (R,) float32, best minus second-best raw logit. fingerprints: (R,) int64.
@@ -91,11 +93,11 @@ class Sampled:
     row's entries are then meaningless).
     """
 
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    margins: NDArray[np.float32]
-    fingerprints: NDArray[np.int64]
-    finite: NDArray[np.bool_]
+    token_ids: Array
+    logprobs: Array
+    margins: Array
+    fingerprints: Array
+    finite: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,10 @@ class KVCache:
 
     keys: Array
     values: Array
+
+
+# A step's kernels on placed arrays; the sampling is None where no row needs a token.
+Compute = Callable[[Batch, SampleBatch | None], Sampled | None]
 
 
 class Ops(Protocol):
@@ -168,6 +174,19 @@ class Ops(Protocol):
     # After the forward pass.
     def sample(self, logits: Array, batch: SampleBatch) -> Sampled:
         """Chooses one token per row of (R, V) fp32 logits and hashes the row's bits."""
+        ...
+
+    # Whole steps.
+    def launch(self, compute: Compute, batch: Batch, sampling: SampleBatch | None) -> Any:
+        """Starts `compute` on the batch and its sampling, placed; returns what `collect` takes.
+
+        It need not wait for the result. Where every sequence has one token, a backend may add
+        sequences that nobody sees, and replay what it recorded of an earlier step of that shape.
+        """
+        ...
+
+    def collect(self, launched: Any) -> Sampled | None:
+        """The results of a launched step, on the host; at most one later step was launched."""
         ...
 
     def to_host(self, x: Array) -> NDArray[np.float32]: ...

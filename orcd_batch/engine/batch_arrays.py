@@ -10,20 +10,25 @@ from orcd_batch.engine.scheduler import Chunk
 from orcd_batch.engine.sequence import Sequence
 
 _INT32_MAX = 2**31 - 1
+_NO_IDS = np.zeros(0, np.int32)
 
 
 def make_batch(chunks: Items[Chunk]) -> Batch:
     """One step's tokens; logits_rows names the last token of every chunk that gives logits.
 
-    When none does, the last token of the step is named, so that R is never 0.
+    When none does, the last token of the step is named, so that R is never 0. A token that is
+    still on the device is named by its row, as `Batch` says.
     """
     lengths = np.array([chunk.num_tokens for chunk in chunks], np.int32)
     query_start = np.zeros(len(chunks) + 1, np.int32)
     np.cumsum(lengths, out=query_start[1:])
     token_ids: list[int] = []
     for chunk in chunks:
-        first = chunk.sequence.num_computed_tokens
-        token_ids.extend(chunk.sequence.token_ids[first : first + chunk.num_tokens])
+        sequence = chunk.sequence
+        first = sequence.num_computed_tokens
+        token_ids.extend(sequence.token_ids[first : first + chunk.num_tokens])
+        if sequence.num_pending and chunk.gives_logits:
+            token_ids.append(_pending(sequence))
     starts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks], np.int32)
     positions = np.arange(query_start[-1], dtype=np.int32)
     positions += np.repeat(starts - query_start[:-1], lengths)
@@ -43,6 +48,17 @@ def make_batch(chunks: Items[Chunk]) -> Batch:
     )
 
 
+def _pending(sequence: Sequence) -> int:
+    return -1 - sequence.pending_row
+
+
+def _seen_ids(sequence: Sequence) -> NDArray[np.int32]:
+    if sequence.seen_ids is None:
+        return _NO_IDS
+    pending = [_pending(sequence)] if sequence.num_pending else []
+    return np.array([*sequence.seen_ids, *pending], np.int32)
+
+
 def _block_tables(sequences: Items[Sequence]) -> NDArray[np.int32]:
     tables = [sequence.block_table for sequence in sequences]
     padded = np.zeros((len(tables), max(map(len, tables))), np.int32)
@@ -55,7 +71,7 @@ def make_sample_batch(sequences: Items[Sequence]) -> SampleBatch:
     """The sampling parameters of the sequences that get a token now, one row each."""
     requests = [sequence.request for sequence in sequences]
     params = [request.params for request in requests]
-    seen = [np.fromiter(sequence.seen_ids or (), np.int32) for sequence in sequences]
+    seen = [_seen_ids(sequence) for sequence in sequences]
     seen_start = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum([len(ids) for ids in seen], out=seen_start[1:])
     return SampleBatch(
@@ -66,7 +82,7 @@ def make_sample_batch(sequences: Items[Sequence]) -> SampleBatch:
         repetition_penalty=np.array([p.repetition_penalty for p in params], np.float32),
         seed=np.array([p.seed for p in params], np.uint64),
         stream=np.array([request.stream for request in requests], np.uint64),
-        position=np.array([len(sequence.token_ids) for sequence in sequences], np.uint32),
+        position=np.array([sequence.num_tokens for sequence in sequences], np.uint32),
         seen_ids=np.concatenate(seen),
         seen_start=seen_start,
     )

@@ -81,7 +81,7 @@ class Context:
         while sequence.num_uncomputed_tokens:
             start = sequence.num_computed_tokens
             size = min(sequence.num_uncomputed_tokens, engine.max_num_batched_tokens)
-            batch = make_batch([Chunk(sequence, size)])
+            batch = make_batch([Chunk(sequence, size, size == sequence.num_uncomputed_tokens)])
             hidden = hidden_states(
                 engine.ops, engine.config, engine.weights, engine.caches, engine.ops.place(batch)
             )

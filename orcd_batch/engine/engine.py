@@ -1,8 +1,13 @@
 """The engine loop: schedule, forward, sample, append."""
 
+import time
+from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
 
-from orcd_batch.backend.ops import BLOCK_SIZE, Ops, Sampled
+from orcd_batch.backend.ops import BLOCK_SIZE, Batch, Ops, SampleBatch, Sampled
 from orcd_batch.engine.batch_arrays import make_batch, make_sample_batch
 from orcd_batch.engine.block_manager import BlockManager
 from orcd_batch.engine.request import Completion, Request
@@ -12,13 +17,29 @@ from orcd_batch.errors import ConfigError
 from orcd_batch.model import ModelConfig, Weights, forward
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A launched step. sampling: the sequences that get a token from it, row by row.
+
+    prefilled, decoded: the chunks' sequences and tokens. results: what `Ops.collect` takes.
+    """
+
+    sampling: list[Sequence]
+    prefilled: int
+    decoded: list[Sequence]
+    results: Any
+
+
 class Engine:
     """Continuous batching over a paged KV cache.
 
     max_num_seqs: sequences running at once. max_num_batched_tokens: tokens of one step, at least
     max_num_seqs. num_blocks: cache blocks of BLOCK_SIZE positions. max_model_len: prompt and
-    completion together. None of them, nor prefix_caching, changes a bit of a completion (except
-    that max_model_len ends one). Raises ConfigError where they contradict each other.
+    completion together. run_ahead: a step is launched before the results of the one before it are
+    read, for ops that do not wait for results; a sample's end is then noticed one step late, and
+    what was computed beyond it is dropped. None of them, nor prefix_caching, changes a bit of a
+    completion (except that max_model_len ends one). Raises ConfigError where they contradict each
+    other.
     """
 
     def __init__(
@@ -32,13 +53,9 @@ class Engine:
         num_blocks: int,
         max_model_len: int,
         prefix_caching: bool = True,
+        run_ahead: bool = False,
     ) -> None:
-        if max_num_batched_tokens < max_num_seqs:
-            raise ConfigError(
-                f"engine.max_num_batched_tokens={max_num_batched_tokens} is less than "
-                f"engine.max_num_seqs={max_num_seqs}, so that not every running sequence could "
-                "get a token in each step; raise the first or lower the second."
-            )
+        check_limits(max_num_seqs, max_num_batched_tokens)
         self.config, self.weights, self.ops = config, weights, ops
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -48,33 +65,37 @@ class Engine:
         self.block_manager = BlockManager(num_blocks, prefix_caching)
         self.scheduler = Scheduler(self.block_manager, max_num_seqs, max_num_batched_tokens)
         self._refused: list[Completion] = []
+        self._run_ahead = run_ahead
+        self._launched: deque[_Step] = deque()
         self.num_steps = self.prefill_tokens = self.decode_tokens = 0
+        self._prefill_s = self._decode_s = self._clock = 0.0
 
     def add(self, request: Request) -> None:
         """Queues one request; one that cannot be run comes out of `step` as an error."""
         sequence = Sequence.of(request, self.max_model_len)
         reason = self._refusal(sequence)
         if reason is None:
-            self.scheduler.waiting.append(sequence)
+            self.scheduler.add(sequence)
         else:
             sequence.fail(reason)
             self._refused.append(sequence.completion)
 
     def step(self) -> list[Completion]:
-        """Computes one batch of tokens and returns the requests that are finished now."""
-        refused, self._refused = self._refused, []
+        """Computes one batch of tokens and returns the requests that are known to be finished."""
+        finished, self._refused = self._refused, []
         chunks = self.scheduler.schedule()
-        if not chunks:
-            return refused
-        batch = self.ops.place(make_batch(chunks))
-        logits = forward(self.ops, self.config, self.weights, self.caches, batch)
-        sampling = [chunk.sequence for chunk in chunks if chunk.gives_logits]
-        sampled = self.ops.sample(logits, make_sample_batch(sampling)) if sampling else None
-        return refused + self._advance(chunks, sampled)
+        if not self._launched:
+            self._clock = time.perf_counter()
+        if chunks:
+            self._launch(chunks)
+        while len(self._launched) > (self._run_ahead and bool(chunks)):
+            finished += self._collect()
+        return finished
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._refused or self.scheduler.waiting or self.scheduler.running)
+        scheduler = self.scheduler
+        return bool(self._refused or scheduler.waiting or scheduler.running or self._launched)
 
     @property
     def num_waiting(self) -> int:
@@ -84,17 +105,24 @@ class Engine:
     def num_running(self) -> int:
         return len(self.scheduler.running)
 
-    def statistics(self) -> dict[str, int]:
-        """Counts since the engine was built: steps, and tokens by how they came about."""
+    def statistics(self) -> dict[str, float]:
+        """Since the engine was built: steps, tokens by how they came about, and wall time.
+
+        prefill_s: seconds of the steps that computed prompt tokens, whatever else they computed;
+        decode_s: seconds of all others.
+        """
         return {
             "steps": self.num_steps,
             "prefill_tokens": self.prefill_tokens,
             "decode_tokens": self.decode_tokens,
             "shared_prompt_tokens": self.scheduler.num_shared_tokens,
+            "prefill_s": round(self._prefill_s, 4),
+            "decode_s": round(self._decode_s, 4),
         }
 
     def reset(self) -> None:
         """Drops all requests; the cache and its reusable prompt blocks stay."""
+        self._launched.clear()
         self.scheduler.reset()
         self._refused.clear()
 
@@ -103,39 +131,63 @@ class Engine:
         self.reset()
         self.ops.close()
 
-    def _advance(self, chunks: Items[Chunk], sampled: Sampled | None) -> list[Completion]:
-        self.num_steps += 1
-        finished = []
-        row = 0
+    def _launch(self, chunks: Items[Chunk]) -> None:
+        sampling = [chunk.sequence for chunk in chunks if chunk.gives_logits]
+        batch = make_batch(chunks)
+        results = self.ops.launch(
+            self._compute, batch, make_sample_batch(sampling) if sampling else None
+        )
+        decoded = [chunk.sequence for chunk in chunks if chunk.sequence.is_decoding]
+        prefilled = sum(chunk.num_tokens for chunk in chunks) - len(decoded)
+        self._launched.append(_Step(sampling, prefilled, decoded, results))
         for chunk in chunks:
-            sequence, gives_logits = chunk.sequence, chunk.gives_logits
             self.scheduler.advance(chunk)
-            if sequence.completion.token_ids:
-                self.decode_tokens += 1
-            else:
-                self.prefill_tokens += chunk.num_tokens
-            if gives_logits:
-                assert sampled is not None, "a chunk gives logits and nothing was sampled"
-                if self._take_token(sequence, sampled, row):
-                    self.scheduler.finish(sequence)
-                    finished.append(sequence.completion)
-                row += 1
+        for row, sequence in enumerate(sampling):
+            sequence.num_pending += 1
+            sequence.pending_row = row
+
+    def _compute(self, batch: Batch, sampling: SampleBatch | None) -> Sampled | None:
+        logits = forward(self.ops, self.config, self.weights, self.caches, batch)
+        return None if sampling is None else self.ops.sample(logits, sampling)
+
+    def _collect(self) -> list[Completion]:
+        """Reads the oldest launched step."""
+        sampled = self.ops.collect(self._launched[0].results)
+        step = self._launched.popleft()
+        self._take_time(step)
+        self.num_steps += 1
+        self.prefill_tokens += step.prefilled
+        self.decode_tokens += sum(not sequence.is_finished for sequence in step.decoded)
+        finished = []
+        assert sampled is not None or not step.sampling, "nothing was sampled"
+        rows = _host_rows(sampled) if sampled is not None else ()
+        for sequence, row in zip(step.sampling, rows, strict=False):  # padding comes last
+            sequence.num_pending -= 1
+            if sequence.is_finished:
+                self.scheduler.release(sequence)
+            elif self._take_token(sequence, *row):
+                self.scheduler.finish(sequence)
+                finished.append(sequence.completion)
         return finished
 
-    def _take_token(self, sequence: Sequence, sampled: Sampled, row: int) -> bool:
-        """Appends the sampled row to its sequence; True when the sequence is finished."""
-        if not sampled.finite[row]:
+    def _take_time(self, step: _Step) -> None:
+        now = time.perf_counter()
+        if step.prefilled:
+            self._prefill_s += now - self._clock
+        else:
+            self._decode_s += now - self._clock
+        self._clock = now
+
+    @staticmethod
+    def _take_token(sequence: Sequence, finite: bool, *sampled: Any) -> bool:
+        """Appends a sampled token to its sequence; True when the sequence is finished."""
+        if not finite:
             sequence.fail(
                 f"The logits at position {len(sequence.token_ids) - 1} are not finite (infinity "
                 "or NaN): the model overflows on this prompt; shorten or change it."
             )
             return True
-        return sequence.append(
-            int(sampled.token_ids[row]),
-            float(sampled.logprobs[row]),
-            float(sampled.margins[row]),
-            int(sampled.fingerprints[row]),
-        )
+        return sequence.append(*sampled)
 
     def _refusal(self, sequence: Sequence) -> str | None:
         """Why the request can never run, or None."""
@@ -163,3 +215,19 @@ class Engine:
             f"Prompt and max_tokens need {num_positions} cache positions and the KV cache has "
             f"{capacity}; raise engine.kv_cache_bytes or lower max_tokens."
         )
+
+
+def check_limits(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    """Raises ConfigError where not every running sequence could get a token in each step."""
+    if max_num_batched_tokens < max_num_seqs:
+        raise ConfigError(
+            f"engine.max_num_batched_tokens={max_num_batched_tokens} is less than "
+            f"engine.max_num_seqs={max_num_seqs}, so that not every running sequence could "
+            "get a token in each step; raise the first or lower the second."
+        )
+
+
+def _host_rows(sampled: Sampled) -> Iterator[tuple[Any, ...]]:
+    """finite, token, logprob, margin, fingerprint of every row, as plain values."""
+    names = ("finite", "token_ids", "logprobs", "margins", "fingerprints")
+    return zip(*(getattr(sampled, name).tolist() for name in names), strict=True)

@@ -2,12 +2,12 @@
 
 Running sequences come first (one token each when decoding, a chunk when their prompt is not done),
 then waiting ones as far as tokens, places and blocks allow. A sequence is admitted only when all
-the blocks it can ever need are free, so none is preempted. First come, first served, with one
-exception: a prompt whose blocks another sequence is computing right now waits for them, and lets
-others pass.
+the blocks it can ever need are free, so none is preempted. The one that may generate most comes
+first, so that no long one is left over when the others are done; among equals the first come. A
+prompt whose blocks another sequence is computing right now waits for them, and lets others pass.
 """
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 
 from orcd_batch.backend.ops import BLOCK_SIZE
@@ -17,15 +17,14 @@ from orcd_batch.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next num_tokens uncomputed tokens of a sequence."""
+    """The next num_tokens uncomputed tokens of a sequence.
+
+    gives_logits: whether it ends with the sequence's last token, so that a token is sampled.
+    """
 
     sequence: Sequence
     num_tokens: int
-
-    @property
-    def gives_logits(self) -> bool:
-        """Whether the chunk ends with the sequence's last token, so that a token is sampled."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
+    gives_logits: bool
 
 
 class Scheduler:
@@ -38,50 +37,74 @@ class Scheduler:
     def __init__(
         self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int
     ) -> None:
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._leaving: list[Sequence] = []
         self.num_shared_tokens = 0
         self._block_manager = block_manager
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
 
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence before those that may generate less."""
+        insort(self.waiting, sequence, key=lambda s: len(s.token_ids) - s.max_tokens)
+
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks; empty only when nothing is left to do.
+        """The next step's chunks; empty only when nothing is left to do but to read results.
 
         Calling it again without `advance` gives the same tokens again: nothing is lost with a
         step that failed.
         """
         budget = self._max_num_batched_tokens
         chunks: list[Chunk] = []
-        for sequence in sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1):
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            if not sequence.needs_steps:
+                continue
+            if sequence.num_uncomputed_tokens == 1:
+                chunks.append(Chunk(sequence, 1, True))
+            else:
+                prompts.append(sequence)
+        budget -= len(chunks)
+        for sequence in prompts:
             budget -= self._add(chunks, sequence, budget)
         while budget > 0 and (admitted := self._admit_next()) is not None:
             budget -= self._add(chunks, admitted, budget)
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
-        """The chunk's tokens are in the cache now."""
+        """The chunk's tokens are in the cache once the step just launched has run."""
         sequence = chunk.sequence
         sequence.num_computed_tokens += chunk.num_tokens
         if sequence.num_computed_tokens <= len(sequence.request.prompt_token_ids):
             self._block_manager.mark_computed(sequence.block_table, sequence.num_computed_tokens)
 
     def finish(self, sequence: Sequence) -> None:
-        """A running sequence leaves and lets go of its blocks."""
+        """A running sequence leaves; its blocks stay held while a launched step writes to them."""
         self.running.remove(sequence)
-        self._block_manager.free(sequence.block_table)
+        self._leaving.append(sequence)
+        self.release(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Lets go of a finished sequence's blocks, once no launched step computes it."""
+        if sequence.num_pending == 0:
+            self._leaving.remove(sequence)
+            self._block_manager.free(sequence.block_table)
 
     def reset(self) -> None:
         """Drops every sequence; no block stays held."""
-        for sequence in list(self.running):
-            self.finish(sequence)
+        for sequence in (*self.running, *self._leaving):
+            self._block_manager.free(sequence.block_table)
+        self.running.clear()
+        self._leaving.clear()
         self.waiting.clear()
 
     @staticmethod
     def _add(chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
-        num_tokens = min(sequence.num_uncomputed_tokens, budget)
+        num_uncomputed = sequence.num_uncomputed_tokens
+        num_tokens = min(num_uncomputed, budget)
         if num_tokens > 0:
-            chunks.append(Chunk(sequence, num_tokens))
+            chunks.append(Chunk(sequence, num_tokens, num_tokens == num_uncomputed))
         return num_tokens
 
     def _admit_next(self) -> Sequence | None:

@@ -15,7 +15,8 @@ class Sequence:
     token_ids: prompt, then completion. num_computed_tokens: how many of them have keys and values
     in the cache. max_tokens: prompt and completion together may not grow beyond this. block_table:
     the cache blocks of positions 0, 64, 128, …, reserved in full on admission. seen_ids: distinct
-    token ids so far, kept only where a repetition penalty asks for them.
+    token ids so far, kept only where a repetition penalty asks for them. num_pending: tokens that
+    launched steps sample and nobody has read yet, the last one in row pending_row of its step.
     """
 
     request: Request
@@ -25,6 +26,9 @@ class Sequence:
     stop_check: StopCheck | None = None
     seen_ids: set[int] | None = None
     num_computed_tokens: int = 0
+    num_pending: int = 0
+    pending_row: int = 0
+    is_finished: bool = False
     block_table: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @classmethod
@@ -41,8 +45,23 @@ class Sequence:
         )
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and completion, the pending ones too."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its next chunk is a token that was sampled."""
+        return self.num_computed_tokens >= len(self.request.prompt_token_ids)
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether more is to be computed, unless a pending token ends the sample."""
+        return self.num_tokens < self.max_tokens
 
     @property
     def num_cache_positions(self) -> int:
@@ -62,7 +81,8 @@ class Sequence:
         reason = self._finish_reason(token)
         if reason is not None:
             completion.finish_reason = reason
-        return reason is not None
+            self.is_finished = True
+        return self.is_finished
 
     def fail(self, reason: str) -> None:
         """Turns the completion into an error; what was generated so far is dropped."""
@@ -70,6 +90,7 @@ class Sequence:
         self.completion = Completion(
             request.key, request.prompt_token_ids, finish_reason="error", error=reason
         )
+        self.is_finished = True
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         request = self.request

@@ -213,7 +213,8 @@ def test_sampling_does_not_depend_on_the_other_rows_or_their_order(ops: Any) -> 
             if not name.startswith("seen")
         }
         part = replace(batch, **columns, seen_start=np.zeros(len(rows) + 1, np.int32))
-        sampled = ops.sample(put(ops, "logits", logits[rows]), part)
+        placed = ops.sampling.place(part)
+        sampled = ops.sampling.fetch(ops.sample(put(ops, "logits", logits[rows]), placed))
         return [getattr(sampled, name) for name in sampled.__slots__]
 
     whole = run(np.arange(num_rows))

@@ -1,7 +1,7 @@
 """Whole small models on the GPU: near the numpy engine, and the same bits however they are run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,8 @@ def expected(path: Path) -> Bits:
         {"max_num_seqs": 7, "max_num_batched_tokens": 512},
         {"max_num_seqs": 256, "max_num_batched_tokens": 333},
         {"max_num_seqs": 64, "max_num_batched_tokens": 4096, "prefix_caching": False},
+        {"max_num_seqs": 64, "max_num_batched_tokens": 4096, "graphs": False},
+        {"max_num_seqs": 3, "max_num_batched_tokens": 64, "graphs": False},
     ],
     ids=str,
 )
@@ -117,6 +119,33 @@ def test_no_option_changes_a_bit(path: Path, expected: Bits, options: dict[str, 
         todo = requests()
         assert run(built.engine, todo[::-1]) == expected
         assert run(built.engine, todo[5:6]) == {5: expected[5]}
+
+
+def test_a_stop_token_noticed_late_ends_a_sample_where_it_stands(
+    path: Path, expected: Bits
+) -> None:
+    stop = {key: tokens[len(tokens) // 2] for key, (tokens, *_) in expected.items()}
+    params = {key: replace(PARAMS[key % 3], ignore_eos=False) for key in stop}
+    todo = [
+        replace(request, params=params[index], stop_token_ids=frozenset({stop[index]}))
+        for index, request in enumerate(requests())
+    ]
+    with build(path, max_num_seqs=5, max_num_batched_tokens=128) as built:
+        found = run(built.engine, todo)
+        manager = built.engine.block_manager
+        assert manager.num_available == manager.num_blocks
+    for key, lists in expected.items():
+        length = lists[0].index(stop[key]) + 1
+        assert found[key] == tuple(values[:length] for values in lists)
+
+
+def test_decode_steps_are_replayed_and_their_graphs_are_few(path: Path) -> None:
+    with build(path, max_num_seqs=64, max_num_batched_tokens=4096) as built:
+        run(built.engine, requests())
+        graphs = built.ops.steps.recordings.num_graphs
+        assert 1 <= graphs <= 10
+        run(built.engine, requests())
+        assert built.ops.steps.recordings.num_graphs <= graphs + 2
 
 
 def test_ten_runs_are_one(path: Path, expected: Bits) -> None:
@@ -170,7 +199,7 @@ def test_a_whole_step_can_be_captured_and_replayed(path: Path) -> None:
             table = engine.block_manager.grow(sequence.block_table, len(sequence.token_ids))
             assert table is not None
             sequence.block_table = table
-        batch = ops.place(make_batch([Chunk(sequence, 17) for sequence in sequences]))
+        batch = ops.place(make_batch([Chunk(sequence, 17, False) for sequence in sequences]))
         arguments = (ops, built.config, engine.weights, engine.caches, batch)
         logits = forward(*arguments)
         eager = ops.to_host(logits)

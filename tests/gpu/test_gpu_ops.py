@@ -315,13 +315,15 @@ def sample_batch(num_rows: int, vocab_size: int, seed: int, **fixed: Any) -> Sam
     )
 
 
+def sample(ops: Any, logits: Any, batch: SampleBatch) -> Sampled:
+    return ops.sampling.fetch(ops.sample(logits, ops.sampling.place(batch)))
+
+
 def check_sample(ops: Any, logits: Floats, batch: SampleBatch) -> Sampled:
     """Compares with the numpy sampler, clustered and generic kernel both; returns the results."""
-    from orcd_batch.backend.cuda.sampling import Sampling
-
-    sampling = Sampling(ops.device, ops.kernels, ops.workspace, ops.staging)
+    sampling = ops.sampling
     placed = put(ops, "logits", logits)
-    sampled = ops.sample(placed, batch)
+    sampled = sample(ops, placed, batch)
     generic = sampling.fetch(sampling.choose(placed, sampling.place(batch), generic=True))
     for name in ("token_ids", "logprobs", "margins", "fingerprints", "finite"):
         np.testing.assert_array_equal(getattr(generic, name), getattr(sampled, name), name)
@@ -399,14 +401,14 @@ def test_sample_flags_a_row_that_is_not_finite_and_no_other(ops: Any, bad: float
 
 def test_sample_of_no_rows_is_empty(ops: Any) -> None:
     logits = put(ops, "logits", np.zeros((0, 100), np.float32))
-    sampled = ops.sample(logits, sample_batch(0, 100, 7))
+    sampled = sample(ops, logits, sample_batch(0, 100, 7))
     assert len(sampled.token_ids) == 0
 
 
 def test_a_vocabulary_beyond_the_samplers_sums_is_refused(ops: Any) -> None:
     logits = np.zeros((1, (1 << 18) + 1), np.float32)
     with pytest.raises(DeviceError, match="262,145 tokens"):
-        ops.sample(put(ops, "logits", logits), sample_batch(1, 100, 8))
+        sample(ops, put(ops, "logits", logits), sample_batch(1, 100, 8))
 
 
 def test_the_reserved_work_space_serves_the_largest_step() -> None:
@@ -441,7 +443,7 @@ def test_the_reserved_work_space_serves_the_largest_step() -> None:
         ops.swiglu(gate_up)
         normed = ops.add_rms_norm(x, x, weight, 1e-5)
         assert ops.take_rows(normed, placed.logits_rows).shape == (rows, 256)
-        assert len(ops.sample(logits, sampling).token_ids) == rows
+        assert len(sample(ops, logits, sampling).token_ids) == rows
         with pytest.raises(DeviceError, match="max_num_batched_tokens"):
             ops.rms_norm(gate_up, weight, 1e-5)
     finally:

@@ -4,6 +4,7 @@ It stands in for the ops, so that the real forward pass, engine, scheduler and b
 it; one wrong, missing or overwritten cache slot changes the tokens.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,7 @@ class FakeOps:
         self.max_tokens = self.num_tokens = 0
         self.not_finite: set[int] = set()
         self.fail_next: Exception | None = None
+        self.sampled = np.zeros(0, np.int32)
 
     def allocate_kv_cache(self, layers: int, num_blocks: int, heads: int, dim: int) -> list[Any]:
         return [np.full(num_blocks * BLOCK_SIZE, -1, np.int64)]
@@ -112,6 +114,17 @@ class FakeOps:
         zeros = np.zeros(len(digests), np.float32)
         finite = np.array([value not in self.not_finite for value in digests.tolist()])
         return Sampled((digests % VOCAB_SIZE).astype(np.int32), zeros, zeros, digests, finite)
+
+    def launch(self, compute: Any, batch: Batch, sampling: SampleBatch | None) -> Any:
+        """As ops that run ahead: ids that were sampled by the step before come from there."""
+        ids = batch.token_ids.copy()
+        ids[ids < 0] = self.sampled[-1 - ids[ids < 0]]
+        result = compute(self.place(replace(batch, token_ids=ids)), sampling)
+        self.sampled = np.zeros(0, np.int32) if result is None else result.token_ids
+        return result
+
+    def collect(self, launched: Any) -> Any:
+        return launched
 
     def to_host(self, x: Any) -> Any:
         return x

@@ -1,7 +1,7 @@
 """The forward pass and sampling on the GPU: which kernel runs, with which macros and grid.
 
 Shapes are the model's; grids follow the step. Nothing here synchronizes or allocates once the work
-space is frozen, except `sample`, which ends a step by bringing its results to the host.
+space is frozen.
 """
 
 import math
@@ -19,10 +19,10 @@ from orcd_batch.backend.cuda.attention import (
     prefill_shape,
 )
 from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.placed_batch import PlacedBatch
 from orcd_batch.backend.cuda.plan import FP16_BYTES, FP32_BYTES, ModelShape
 from orcd_batch.backend.cuda.program import Kernels, int32
 from orcd_batch.backend.cuda.sampling import Sampling
-from orcd_batch.backend.cuda.staging import Staging
 from orcd_batch.backend.cuda.workspace import Workspace
 from orcd_batch.backend.ops import Batch, KVCache, SampleBatch, Sampled
 from orcd_batch.errors import DeviceError
@@ -46,7 +46,7 @@ class ForwardKernels:
     device: Device
     kernels: Kernels
     workspace: Workspace
-    staging: Staging
+    sampling: Sampling
 
     def reserve_buffers(
         self, shape: ModelShape, max_tokens: int, max_seqs: int
@@ -148,9 +148,13 @@ class ForwardKernels:
             num_warp_groups = merge.num_merge_blocks(num_seqs)
             self._attend(merge, num_warp_groups, (partials, *sequences, out, *sizes))
         if num_tokens > num_seqs:
+            assert isinstance(batch, PlacedBatch), "attention needs a batch from place()"
             prefill = prefill_shape(*heads)
-            grid = (prefill.num_row_blocks(num_tokens, num_seqs), num_kv_heads)
-            self._attend(prefill, grid, args)
+            num_long = num_seqs - batch.num_leading
+            row_blocks = prefill.num_row_blocks(num_tokens - batch.num_leading, num_long)
+            caches = (q, cache.keys, cache.values)
+            args = (*caches, *batch.long_sequences, out, int32(num_long), *sizes[1:])
+            self._attend(prefill, (row_blocks, num_kv_heads), args)
         return out
 
     def swiglu(self, gate_up: DeviceArray) -> DeviceArray:
@@ -173,9 +177,11 @@ class ForwardKernels:
         return y
 
     def sample(self, logits: DeviceArray, batch: SampleBatch) -> Sampled:
-        """Chooses one token per row of (R, V) fp32 logits, as `numpy_sampler` specifies."""
-        sampling = Sampling(self.device, self.kernels, self.workspace, self.staging)
-        return sampling.fetch(sampling.choose(logits, sampling.place(batch)))
+        """Chooses one token per row of (R, V) fp32 logits, as `numpy_sampler` specifies.
+
+        batch: placed by `sampling.place`; the results stay on the GPU.
+        """
+        return self.sampling.choose(logits, batch)
 
     def _norm(self, x: DeviceArray) -> tuple[DeviceArray, int, dict[str, int]]:
         hidden = _vectorized("hidden size", x.shape[1])

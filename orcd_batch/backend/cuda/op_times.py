@@ -23,9 +23,10 @@ class OpTimes:
         self._sums: dict[str, tuple[int, float]] = {}
 
     def watch(self, ops: Any) -> None:
-        """From here on times the ops of this object, by replacing its methods."""
+        """From here on times the ops of this object, by replacing its methods; no more replays."""
+        ops.steps.graphs = False
         for name in TIMED_OPS:
-            setattr(ops, name, self._timed(name, getattr(ops, name)))
+            setattr(ops, name, self.timed(name, getattr(ops, name)))
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Op -> calls, seconds in all, and microseconds per call; waits for the GPU."""
@@ -35,7 +36,14 @@ class OpTimes:
             for name, (calls, seconds) in self._sums.items()
         }
 
-    def _timed(self, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    def clear(self) -> None:
+        """Forgets what was measured so far."""
+        self._pending.clear()
+        self._sums.clear()
+
+    def timed(self, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        """The op, its time added to `name` at every call."""
+
         def timed(*args: Any) -> Any:
             start = self._event()
             result = op(*args)

@@ -12,26 +12,41 @@ from orcd_batch.backend.cuda.kernels import ForwardKernels
 from orcd_batch.backend.cuda.linear import Linear
 from orcd_batch.backend.cuda.loader import Loader
 from orcd_batch.backend.cuda.op_times import OpTimes
+from orcd_batch.backend.cuda.placed_batch import PlacedBatch, place_batch
 from orcd_batch.backend.cuda.plan import MemoryPlan, ModelShape, plan_memory
 from orcd_batch.backend.cuda.program import Kernels
+from orcd_batch.backend.cuda.sampling import Sampling
 from orcd_batch.backend.cuda.staging import Staging
+from orcd_batch.backend.cuda.steps import Launched, Steps
 from orcd_batch.backend.cuda.workspace import Workspace
-from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, TensorPart
+from orcd_batch.backend.ops import (
+    BLOCK_SIZE,
+    Batch,
+    Compute,
+    KVCache,
+    SampleBatch,
+    Sampled,
+    TensorPart,
+)
 
 
 class CudaOps(ForwardKernels):
     """Everything runs on one GPU and one stream; see `backend.ops.Ops` for what each op does.
 
     Order of use: `plan`, `load_*`, `allocate_kv_cache`, `prepare`, steps, `close`. Results of ops
-    live in work buffers that the next step reuses. time_ops: keep the GPU time of every op, for
-    the manifest. Raises DeviceError when there is no usable GPU.
+    live in work buffers that the next step reuses. graphs: decode steps are replays of CUDA graphs.
+    time_ops: keep the GPU time of every op, for the manifest; nothing is replayed then. Raises
+    DeviceError when there is no usable GPU.
     """
 
-    def __init__(self, index: int = 0, *, time_ops: bool = False) -> None:
+    def __init__(self, index: int = 0, *, graphs: bool = True, time_ops: bool = False) -> None:
         self.device = Device(index)
         self.kernels = Kernels(self.device)
         self.workspace = Workspace(self.device)
         self.staging = Staging(self.device, self.workspace)
+        self.sampling = Sampling(self.device, self.kernels, self.workspace, self.staging)
+        self.steps = Steps(self.device, self.kernels, self.staging, self.sampling)
+        self.steps.graphs = graphs
         self._loader = Loader(self.device, self.kernels)
         self._linear = Linear(self.device, self.kernels, self.workspace)
         self._op_times = OpTimes(self.device) if time_ops else None
@@ -103,17 +118,27 @@ class CudaOps(ForwardKernels):
         self._linear.prepare(layers, max_num_batched_tokens)
         self._linear.prepare([head], max(max_num_seqs, 1))
         self.workspace.freeze()
+        self.steps.prepare(max_num_seqs, -(-shape.max_model_len // BLOCK_SIZE))
 
-    def place(self, batch: Batch) -> Batch:
+    def place(self, batch: Batch) -> PlacedBatch:
         """The same batch on the GPU: one asynchronous copy of all seven arrays."""
-        fields = Batch.__slots__
-        arrays = [np.ascontiguousarray(getattr(batch, field), np.int32) for field in fields]
-        return Batch(*self.staging.place("batch", arrays))
+        return place_batch(self.staging, batch)
 
     # The forward pass.
     def linear(self, x: DeviceArray, weight: DeviceArray) -> DeviceArray:
         """(T, K) fp16, (N, K) fp16 -> (T, N) fp32, each value one chain of ascending k16 steps."""
         return self._linear(x, weight)
+
+    # Whole steps.
+    def launch(
+        self, compute: Compute, batch: Batch, sampling: SampleBatch | None
+    ) -> Launched | None:
+        """Queues a step and the copy of its results; see `steps.Steps`."""
+        return self.steps.launch(compute, batch, sampling)
+
+    def collect(self, launched: Launched | None) -> Sampled | None:
+        """Waits for a step's results; rows of padding come last."""
+        return self.steps.collect(launched)
 
     # After the forward pass.
     def to_host(self, x: DeviceArray) -> NDArray[np.float32]:
@@ -139,6 +164,7 @@ class CudaOps(ForwardKernels):
         """Gives all memory back. Safe to call twice."""
         self._loader.close()
         self._linear.close()
+        self.steps.close()
         self.staging.close()
         self.device.close()
 

@@ -8,6 +8,7 @@ serves the tests as well.
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from orcd_batch.errors import DeviceError
 
 Defines = Mapping[str, int | float | str]
 Dim = int | tuple[int, ...]
+
+# Kernels that wait for the one before by themselves are launched beside its end (sm_90 and later).
+OVERLAP = True
 
 # A block may use this much shared memory without asking.
 DEFAULT_SHARED_MEMORY = 48 * 1024
@@ -48,6 +52,11 @@ def kernel_source(name: str) -> str:
     except OSError as error:
         raise DeviceError(f"The kernel source {name}.cu cannot be read: {error}.") from error
     return "\n".join(f'#line 1 "{path.name}"\n{text}' for path, text in files)
+
+
+def waits_by_itself(name: str) -> bool:
+    """Whether the kernel calls wait_for_previous (see common.cuh)."""
+    return "    wait_for_previous();" in (kernel_dir() / f"{name}.cu").read_text()
 
 
 def compile_options() -> dict[str, Any]:
@@ -95,18 +104,31 @@ def kernel_label(name: str, arch: str, defines: Defines | None) -> str:
     return f"{name}[{' '.join(parts)}]"
 
 
+@dataclass(slots=True)
+class LoadedKernel:
+    """A kernel on the device. overlaps: it waits for the kernel before by itself.
+
+    shared_memory: the dynamic bytes per block that it may use so far.
+    """
+
+    kernel: Any
+    overlaps: bool
+    shared_memory: int = DEFAULT_SHARED_MEMORY
+
+
 class Kernels:
     """The compiled kernels of one device, and how they are launched (always on its stream)."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._kernels: dict[tuple[Any, ...], Any] = {}
+        self._kernels: dict[tuple[Any, ...], LoadedKernel] = {}
         self._hashes: dict[str, str] = {}
-        self._shared_memory: dict[int, int] = {}
-        self._configs: dict[tuple[Dim, Dim, int], Any] = {}
+        self._configs: dict[tuple[Dim, Dim, int, bool], Any] = {}
         self._cache = _program_cache()
 
-    def get(self, name: str, defines: Defines | None = None, arch: str | None = None) -> Any:
+    def get(
+        self, name: str, defines: Defines | None = None, arch: str | None = None
+    ) -> LoadedKernel:
         """The kernel `name` of `name`.cu, compiled on first use.
 
         defines: macros of this variant. arch: where the generic one of the card will not do,
@@ -120,7 +142,7 @@ class Kernels:
 
     def launch(
         self,
-        kernel: Any,
+        kernel: LoadedKernel,
         grid: Dim,
         block: Dim,
         args: Sequence[Any],
@@ -134,11 +156,11 @@ class Kernels:
         """
         from cuda.core import launch
 
-        if shared_mem > DEFAULT_SHARED_MEMORY:
+        if shared_mem > kernel.shared_memory:
             self._allow_shared_memory(kernel, shared_mem)
         values = [arg.ptr if isinstance(arg, DeviceArray) else arg for arg in args]
-        config = self._config(grid, block, shared_mem)
-        launch(stream or self.device.stream, config, kernel, *values)
+        config = self._config(grid, block, shared_mem, kernel.overlaps)
+        launch(stream or self.device.stream, config, kernel.kernel, *values)
 
     def manifest(self) -> dict[str, Any]:
         """Compile options, compiler version, and SHA-256 of every cubin in use."""
@@ -151,27 +173,31 @@ class Kernels:
             "cubins": dict(sorted(self._hashes.items())),
         }
 
-    def _load(self, name: str, arch: str, defines: Defines | None) -> Any:
+    def _load(self, name: str, arch: str, defines: Defines | None) -> LoadedKernel:
         label = kernel_label(name, arch, defines)
         code = compile_kernel(name, arch, defines, cache=self._cache)
         self._hashes[label] = hashlib.sha256(bytes(code.code)).hexdigest()
         try:
-            return code.get_kernel(name)
+            kernel = code.get_kernel(name)
         except Exception as error:
             raise DeviceError(f"The kernel {label} does not load: {error}") from error
+        can_overlap = OVERLAP and self.device.compute_capability >= (9, 0)
+        return LoadedKernel(kernel, can_overlap and waits_by_itself(name))
 
-    def _config(self, grid: Dim, block: Dim, shared_mem: int) -> Any:
+    def _config(self, grid: Dim, block: Dim, shared_mem: int, overlaps: bool) -> Any:
         from cuda.core import LaunchConfig
 
-        key = (grid, block, shared_mem)
+        key = (grid, block, shared_mem, overlaps)
         if key not in self._configs:
-            self._configs[key] = LaunchConfig(grid=grid, block=block, shmem_size=shared_mem)
+            self._configs[key] = LaunchConfig(
+                grid=grid,
+                block=block,
+                shmem_size=shared_mem,
+                programmatic_stream_serialization=overlaps,
+            )
         return self._configs[key]
 
-    def _allow_shared_memory(self, kernel: Any, num_bytes: int) -> None:
-        handle = int(kernel.handle)
-        if self._shared_memory.get(handle, 0) >= num_bytes:
-            return
+    def _allow_shared_memory(self, kernel: LoadedKernel, num_bytes: int) -> None:
         if num_bytes > self.device.max_shared_memory:
             raise DeviceError(
                 f"A kernel asks for {num_bytes:,} bytes of shared memory and {self.device.name} "
@@ -180,8 +206,9 @@ class Kernels:
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        call(driver.cuKernelSetAttribute(attribute, num_bytes, kernel.handle, self.device.index))
-        self._shared_memory[handle] = num_bytes
+        handle = kernel.kernel.handle
+        call(driver.cuKernelSetAttribute(attribute, num_bytes, handle, self.device.index))
+        kernel.shared_memory = num_bytes
 
 
 def int32(value: int) -> np.int32:

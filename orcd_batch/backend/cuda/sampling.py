@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from orcd_batch.backend.cuda.array import FP32, INT32, DeviceArray
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.program import Kernels
-from orcd_batch.backend.cuda.staging import Staging
+from orcd_batch.backend.cuda.staging import Download, Staging
 from orcd_batch.backend.cuda.workspace import Workspace
 from orcd_batch.backend.ops import SampleBatch, Sampled
 from orcd_batch.errors import DeviceError
@@ -22,6 +22,7 @@ _STATIC_SHARED_BYTES = 14 << 10
 _CLUSTER_CAPABILITY = (9, 0)
 _FEW_PARTS_VOCAB_SIZE = 1 << 16
 
+# In the order in which they are placed: seen_ids, whose length changes, must move no other.
 _TYPES: dict[str, Any] = {
     "temperature": np.float32,
     "top_k": np.int32,
@@ -31,8 +32,8 @@ _TYPES: dict[str, Any] = {
     "seed": np.uint64,
     "stream": np.uint64,
     "position": np.uint32,
-    "seen_ids": np.int32,
     "seen_start": np.int32,
+    "seen_ids": np.int32,
 }
 # In the result buffer: 8-byte values first, so that all are aligned.
 _RESULTS: tuple[tuple[str, np.dtype[Any]], ...] = (
@@ -68,13 +69,11 @@ class Sampling:
 
     def place(self, batch: SampleBatch) -> SampleBatch:
         """The same parameters on the GPU: one asynchronous copy."""
-        names = [field.name for field in fields(SampleBatch)]
-        arrays = [np.ascontiguousarray(getattr(batch, name), _TYPES[name]) for name in names]
-        return SampleBatch(*self._staging.place("sample_batch", arrays))
+        arrays = [np.ascontiguousarray(getattr(batch, name), kind) for name, kind in _TYPES.items()]
+        placed = self._staging.place("sample_batch", arrays)
+        return SampleBatch(**dict(zip(_TYPES, placed, strict=True)))
 
-    def choose(
-        self, logits: DeviceArray, batch: SampleBatch, *, generic: bool = False
-    ) -> dict[str, DeviceArray]:
+    def choose(self, logits: DeviceArray, batch: SampleBatch, *, generic: bool = False) -> Sampled:
         """Samples (R, V) fp32 logits with placed parameters; the results stay on the GPU.
 
         generic: one block per row, as on cards without clusters; the same bits but for speed.
@@ -96,30 +95,42 @@ class Sampling:
             kernel = self._kernels.get("sample", {"VOCAB": vocab_size, "GENERIC": int(generic)})
             parameters = [getattr(batch, field.name) for field in fields(SampleBatch)]
             names = ("token_ids", "logprobs", "margins", "fingerprints", "finite")
-            args = (logits, *parameters, *(results[name] for name in names))
+            args = (logits, *parameters, *(getattr(results, name) for name in names))
             grid = num_rows if generic else num_rows * num_parts
             shared_bytes = 4 * -(-vocab_size // 32) if generic else clustered_bytes
             self._kernels.launch(kernel, grid, THREADS, args, shared_bytes)
         return results
 
-    def fetch(self, results: dict[str, DeviceArray]) -> Sampled:
+    def fetch(self, results: Sampled) -> Sampled:
         """Waits for the results and brings them to the host."""
-        first = results[_RESULTS[0][0]]
-        num_rows = first.shape[0]
-        flat = DeviceArray(first.ptr, (num_rows * _RESULT_BYTES,), np.dtype(np.uint8))
-        host = self._staging.fetch(flat)
+        return self.read(self._staging.fetch(_flat(results)), results.token_ids.shape[0])
+
+    def download(self, results: Sampled) -> Download:
+        """Starts bringing the results to the host, where `read` takes them apart."""
+        return self._staging.download(_flat(results))
+
+    @staticmethod
+    def read(data: NDArray[np.uint8], num_rows: int) -> Sampled:
+        """The results of num_rows rows from their bytes."""
         arrays: dict[str, NDArray[Any]] = {}
         for name, offset, dtype in _layout(num_rows):
-            arrays[name] = host[offset : offset + num_rows * dtype.itemsize].view(dtype)
+            arrays[name] = data[offset : offset + num_rows * dtype.itemsize].view(dtype)
         return Sampled(**{**arrays, "finite": arrays["finite"].astype(np.bool_)})
 
-    def _results(self, num_rows: int) -> dict[str, DeviceArray]:
+    def _results(self, num_rows: int) -> Sampled:
         size = (num_rows * _RESULT_BYTES,)
         buffer = self._workspace.take("sample_results", size, np.dtype(np.uint8))
-        return {
+        arrays = {
             name: DeviceArray(buffer.ptr + offset, (num_rows,), dtype)
             for name, offset, dtype in _layout(num_rows)
         }
+        return Sampled(**arrays)
+
+
+def _flat(results: Sampled) -> DeviceArray:
+    """All results as one array of bytes."""
+    first = getattr(results, _RESULTS[0][0])
+    return DeviceArray(first.ptr, (first.shape[0] * _RESULT_BYTES,), np.dtype(np.uint8))
 
 
 def _layout(num_rows: int) -> list[tuple[str, int, np.dtype[Any]]]:

@@ -15,6 +15,8 @@ from orcd_batch.errors import DeviceError
 
 # Uploads that may be under way at once before the host has to wait for the oldest.
 NUM_UPLOADS = 4
+# Downloads that may be under way at once; the oldest is overwritten by one more.
+NUM_DOWNLOADS = 4
 
 _ALIGNMENT = 16
 _FETCH_BYTES = 16 << 20
@@ -55,6 +57,8 @@ class Staging:
         self._uploads: list[_Upload] = [_Upload() for _ in range(NUM_UPLOADS)]
         self._next = 0
         self._download: PinnedBuffer | None = None
+        self._downloads: list[Download] = [Download() for _ in range(NUM_DOWNLOADS)]
+        self._next_download = 0
 
     def place(self, name: str, arrays: Sequence[NDArray[Any]]) -> list[DeviceArray]:
         """Copies host arrays into the work buffer `name`, asynchronously, as one copy.
@@ -77,6 +81,13 @@ class Staging:
             for array, offset in zip(arrays, offsets, strict=True)
         ]
 
+    def download(self, array: DeviceArray) -> "Download":
+        """Starts copying a small array to the host, and returns what waits for it."""
+        download = self._downloads[self._next_download]
+        self._next_download = (self._next_download + 1) % NUM_DOWNLOADS
+        download.start(array.ptr, array.nbytes, self._device)
+        return download
+
     def fetch(self, array: DeviceArray) -> NDArray[Any]:
         """A host copy of one array, once everything queued before has run."""
         from cuda.bindings import driver
@@ -95,14 +106,14 @@ class Staging:
 
     def close(self) -> None:
         """Frees the pinned memory, once the copies under way have ended."""
-        for upload in self._uploads:
-            upload.free()
+        for transfer in (*self._uploads, *self._downloads):
+            transfer.free()
         if self._download is not None:
             self._download.free()
             self._download = None
 
 
-class _Upload:
+class _Transfer:
     """One pinned area and the event that says its last copy has ended."""
 
     def __init__(self) -> None:
@@ -120,6 +131,15 @@ class _Upload:
         assert self._pinned is not None, "reserve() comes first"
         return self._pinned.bytes
 
+    def free(self) -> None:
+        if self._copied is not None:
+            self._copied.sync()
+        if self._pinned is not None:
+            self._pinned.free()
+            self._pinned = None
+
+
+class _Upload(_Transfer):
     def start(self, target: int, num_bytes: int, device: Device) -> None:
         from cuda.bindings import driver
 
@@ -129,12 +149,34 @@ class _Upload:
             call(driver.cuMemcpyHtoDAsync(target, self._pinned.ptr, num_bytes, handle))
         self._copied = device.stream.record(self._copied)
 
-    def free(self) -> None:
-        if self._copied is not None:
+
+class Download(_Transfer):
+    """Bytes on their way to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_bytes = 0
+
+    def start(self, source: int, num_bytes: int, device: Device) -> None:
+        """Queues the copy; `wait` gives its bytes until this is started again."""
+        from cuda.bindings import driver
+
+        self.reserve(num_bytes)
+        assert self._pinned is not None, "reserve() has taken it"
+        if num_bytes:
+            handle = device.stream.handle
+            call(driver.cuMemcpyDtoHAsync(self._pinned.ptr, source, num_bytes, handle))
+        self._num_bytes = num_bytes
+        self._copied = device.stream.record(self._copied)
+
+    def wait(self) -> NDArray[np.uint8]:
+        """The bytes (n,), once they are there. Raises DeviceError where the GPU failed before."""
+        assert self._copied is not None, "start() comes first"
+        try:
             self._copied.sync()
-        if self._pinned is not None:
-            self._pinned.free()
-            self._pinned = None
+        except Exception as error:
+            raise DeviceError(f"The GPU failed in a step: {error}.") from error
+        return self.pinned_bytes()[: self._num_bytes].copy()
 
 
 def _layout(arrays: Sequence[NDArray[Any]]) -> tuple[list[int], int]:

@@ -1,0 +1,69 @@
+"""Decode steps brought to a few fixed shapes, so that a graph recorded for one serves many.
+
+What is added is invisible: a sequence with an empty context that writes no cache, whose row is
+sampled greedily and read by nobody; and unused columns of the block tables. No bit of the other
+rows depends on it.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orcd_batch.backend.ops import Batch, SampleBatch
+
+# Widths of block tables come in powers of two from here on: one split of attention.
+MIN_TABLE_WIDTH = 4
+
+_PADDING_SAMPLING: Mapping[str, float] = {"top_p": 1.0, "repetition_penalty": 1.0}
+
+
+def is_decode(batch: Batch, sampling: SampleBatch | None) -> bool:
+    """Whether every sequence computes one token and gets one."""
+    num_seqs = len(batch.context_lens)
+    return (
+        sampling is not None
+        and len(batch.token_ids) == num_seqs
+        and len(sampling.position) == num_seqs
+    )
+
+
+def table_width(width: int, max_blocks: int) -> int:
+    """Columns of the padded block tables for tables of so many."""
+    padded = MIN_TABLE_WIDTH
+    while padded < width:
+        padded *= 2
+    return max(min(padded, max_blocks), width)
+
+
+def pad_decode(batch: Batch, num_seqs: int, width: int) -> Batch:
+    """The decode step with num_seqs sequences and block tables (num_seqs, width)."""
+    old_seqs, old_width = batch.block_tables.shape
+    tables = np.zeros((num_seqs, width), np.int32)
+    tables[:old_seqs, :old_width] = batch.block_tables
+    return Batch(
+        token_ids=_padded(batch.token_ids, num_seqs),
+        positions=_padded(batch.positions, num_seqs),
+        slot_mapping=_padded(batch.slot_mapping, num_seqs, -1),
+        query_start=np.arange(num_seqs + 1, dtype=np.int32),
+        context_lens=_padded(batch.context_lens, num_seqs),
+        block_tables=tables,
+        logits_rows=np.arange(num_seqs, dtype=np.int32),
+    )
+
+
+def pad_sampling(sampling: SampleBatch, num_rows: int) -> SampleBatch:
+    """Greedy rows up to num_rows; seen_ids keep their length."""
+    columns = {
+        name: _padded(getattr(sampling, name), num_rows, _PADDING_SAMPLING.get(name, 0))
+        for name in SampleBatch.__slots__
+        if not name.startswith("seen_")
+    }
+    start = _padded(sampling.seen_start, num_rows + 1, len(sampling.seen_ids))
+    return SampleBatch(**columns, seen_ids=sampling.seen_ids, seen_start=start)
+
+
+def _padded(array: NDArray[np.generic], size: int, value: float = 0) -> NDArray[np.generic]:
+    padded = np.full(size, value, array.dtype)
+    padded[: len(array)] = array
+    return padded

@@ -1,0 +1,134 @@
+"""Whole steps on the GPU: launched without waiting for results, decode steps as graph replays."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orcd_batch.backend.cuda.array import DeviceArray
+from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.graph import Graph
+from orcd_batch.backend.cuda.linear import buckets_up_to
+from orcd_batch.backend.cuda.padding import is_decode, pad_decode, pad_sampling, table_width
+from orcd_batch.backend.cuda.placed_batch import place_batch
+from orcd_batch.backend.cuda.program import Kernels, int32
+from orcd_batch.backend.cuda.sampling import Sampling
+from orcd_batch.backend.cuda.staging import Download, Staging
+from orcd_batch.backend.ops import Batch, Compute, SampleBatch, Sampled
+
+_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step whose results are on their way to the host."""
+
+    results: Download
+    num_rows: int
+
+
+class Steps:
+    """Launches steps and collects their results, in order.
+
+    graphs: whether decode steps are padded and replayed once `prepare` has been called.
+    """
+
+    def __init__(
+        self, device: Device, kernels: Kernels, staging: Staging, sampling: Sampling
+    ) -> None:
+        self._kernels = kernels
+        self._staging = staging
+        self._sampling = sampling
+        self.recordings = Recordings(device)
+        self._buckets: list[int] = []
+        self._max_blocks = 0
+        self._tokens: DeviceArray | None = None
+        self.graphs = True
+
+    def prepare(self, max_seqs: int, max_blocks: int) -> None:
+        """From here on work buffers keep their addresses, so that steps can be recorded."""
+        self._buckets = [bucket.most for bucket in buckets_up_to(max_seqs)]
+        self._max_blocks = max_blocks
+
+    def launch(
+        self, compute: Compute, batch: Batch, sampling: SampleBatch | None
+    ) -> Launched | None:
+        """See `backend.ops.Ops.launch`."""
+        key: Hashable = None
+        if self.graphs and self._buckets and sampling is not None and is_decode(batch, sampling):
+            num_seqs = self._buckets[bisect_left(self._buckets, len(batch.context_lens))]
+            width = table_width(batch.block_tables.shape[1], self._max_blocks)
+            batch, sampling = pad_decode(batch, num_seqs, width), pad_sampling(sampling, num_seqs)
+            key = (compute, num_seqs, width)
+        placed = place_batch(self._staging, batch)
+        self._feed_back(batch.token_ids, placed.token_ids)
+        parameters = None
+        if sampling is not None:
+            parameters = self._sampling.place(sampling)
+            self._feed_back(sampling.seen_ids, parameters.seen_ids)
+        sampled = self.recordings.run(key, lambda: compute(placed, parameters))
+        if sampled is None:
+            return None
+        self._tokens = sampled.token_ids
+        return Launched(self._sampling.download(sampled), sampled.token_ids.shape[0])
+
+    def collect(self, launched: Launched | None) -> Sampled | None:
+        """Waits for the results of a step; those of padding come last."""
+        if launched is None:
+            return None
+        return self._sampling.read(launched.results.wait(), launched.num_rows)
+
+    def close(self) -> None:
+        """Frees the graphs. Safe to call twice."""
+        self.recordings.close()
+
+    def _feed_back(self, ids: NDArray[np.int32], placed: DeviceArray) -> None:
+        """Puts the tokens of the step launched before in place of the ids that stand for them."""
+        if not ids.size or ids.min() >= 0:
+            return
+        assert self._tokens is not None, "no step before this one sampled a token"
+        kernel = self._kernels.get("feed_back", {"THREADS": _THREADS})
+        args = (placed, self._tokens, int32(ids.size))
+        self._kernels.launch(kernel, -(-ids.size // _THREADS), _THREADS, args)
+
+
+class Recordings:
+    """Work recorded as graphs, by key: the first time it runs as it is, which compiles and loads
+    what it needs; the second time it is recorded."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._graphs: dict[Hashable, tuple[Graph, Any] | None] = {}
+
+    def run(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        """Queues `work`, or replays what it queued under the same key; None is never recorded.
+
+        Returns what `work` returned, whose arrays a replay fills again.
+        """
+        if key is None:
+            return work()
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return work()
+        recorded = self._graphs[key]
+        if recorded is None:
+            results: list[Any] = []
+            graph = Graph(self._device, lambda: results.append(work()))
+            recorded = self._graphs[key] = (graph, results[0])
+        graph, result = recorded
+        graph.launch()
+        return result
+
+    @property
+    def num_graphs(self) -> int:
+        return sum(recorded is not None for recorded in self._graphs.values())
+
+    def close(self) -> None:
+        """Frees every graph. Safe to call twice."""
+        for recorded in self._graphs.values():
+            if recorded is not None:
+                recorded[0].close()
+        self._graphs.clear()
