@@ -190,8 +190,9 @@ class LlamaInferenceAdapter:
     def _requests(self, index: int, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
         stop_ids = frozenset() if params.ignore_eos else self._tokenizer.stop_token_ids
         stop = params.stop
-        make_check = (lambda: StopStringCheck(self._tokenizer, stop)) if stop else None
         ids = tuple(as_index(token) for token in prompt)
+        after = ids[-1] if ids else None
+        make_check = (lambda: StopStringCheck(self._tokenizer, stop, after)) if stop else None
         return [
             Request(
                 (index, sample), ids, params, stream_digest(index, sample), stop_ids, make_check

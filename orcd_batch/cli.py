@@ -44,13 +44,13 @@ Options:
   engine=auto|cuda|numpy
   engine.max_num_seqs/max_num_batched_tokens/max_model_len/gpu_memory_utilization/
          kv_cache_bytes/prefix_caching/num_threads/graphs
-  debug=true                            tracebacks, and time per op
+  debug=true                            tracebacks
 
 The same command after an interruption continues where it stopped.
 Quote what Hydra's grammar would take apart: 'data="my (1) file.parquet"',
 'sampling.stop=["<|end|>","a, b"]'; a newline is typed as one: $'sampling.stop=["\\n"]'.
-`--cfg job` shows the composed config. The engine's options change speed, never a bit of the
-result; engine.max_model_len alone also says where a completion must end.
+`--cfg job` shows the composed config. Apart from which engine it is, the engine's options change
+speed, never a bit of the result; engine.max_model_len alone also says where a completion must end.
 Exit codes: 0 done; 1 differences found, or rows failed under dataset.on_error=raise;
 2 bad input or config; 130 interrupted, resumable.
 """
@@ -93,7 +93,7 @@ def _guarded(command: Callable[[], tuple[Any, int]], debug: bool) -> int:
 
 def _print_document(document: Any, code: int, stdout: TextIO) -> int:
     try:
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False), file=stdout, flush=True)
+        print(json.dumps(document, allow_nan=False), file=stdout, flush=True)
     except BrokenPipeError:  # the reader went away; the work is done all the same
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
     except OSError as error:

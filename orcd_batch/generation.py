@@ -1,14 +1,15 @@
 """The loop of a run: rows into the engine, finished samples into the store."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from orcd_batch.config import JobOptions
 from orcd_batch.data import InputDataset, InputRow, PartStore, SampleResult
 from orcd_batch.engine.engine import Engine
-from orcd_batch.engine.request import Completion
-from orcd_batch.errors import Interrupted, RowError
+from orcd_batch.engine.request import Completion, Request
+from orcd_batch.errors import RowError
 from orcd_batch.interrupts import Interrupts
 from orcd_batch.model_source import ModelSource
 from orcd_batch.prompts import RequestBuilder
@@ -49,6 +50,7 @@ class Generation:
         self._engine = engine
         self._dataset, self._source, self._store, self._view = dataset, source, store, view
         self._pending: dict[int, _PendingRow] = {}
+        self._queued: deque[Request] = deque()
         self.num_rows = 0
         self.num_tokens = 0
 
@@ -61,21 +63,25 @@ class Generation:
         self._view.start_rows(self._store.num_done_rows, self._dataset.num_rows)
         try:
             while self._admit(rows) or self._engine.has_unfinished:
+                interrupts.stop_if_requested()
                 for completion in self._engine.step():
                     self._finish_sample(completion)
-                self._view.rows(self._store.num_done_rows, self._engine.decode_tokens)
+                self._view.rows(self._store.num_done_rows, self._engine.sampled_tokens)
                 self._commit(force=False)
-                if interrupts.requested:
-                    raise Interrupted(
-                        f"Interrupted: {self._store.num_done_rows} of {self._dataset.num_rows} "
-                        "rows are kept; the same command continues."
-                    )
         finally:
             self._commit(force=True)
 
     def _admit(self, rows: Iterator[InputRow]) -> bool:
-        """Keeps the engine's queue one full batch ahead; False once the input is used up."""
-        while self._engine.num_waiting < self._engine.max_num_seqs:
+        """Keeps the engine's queue one batch ahead; False once nothing is left to queue.
+
+        At most one batch of rows is read at a time, so that a stretch of rows that cannot be run
+        is committed like any other.
+        """
+        for _ in range(self._engine.max_num_seqs):
+            while self._queued and self._engine.num_waiting < self._engine.max_num_seqs:
+                self._engine.add(self._queued.popleft())
+            if self._queued:
+                return True
             row = next(rows, None)
             if row is None:
                 return False
@@ -92,8 +98,7 @@ class Generation:
                 self._keep(row.index, self._failed(row, sample, str(error)))
             return
         self._pending[row.index].stop = requests[0].params.stop
-        for request in requests:
-            self._engine.add(request)
+        self._queued.extend(requests)
 
     def _finish_sample(self, completion: Completion) -> None:
         assert isinstance(completion.key, tuple), f"not a key of ours: {completion.key!r}"

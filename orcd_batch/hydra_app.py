@@ -46,12 +46,9 @@ def run(args: Sequence[str]) -> tuple[Any, int]:
     hydra_verb = any(a.split("=")[0] in _HYDRA_FLAGS for a in args)
     try:
         _compose_and_run(args, jobs, sys.__stdout__ if hydra_verb else sys.stderr)
-    except (ConfigError, KeyboardInterrupt) as error:
-        if not jobs or jobs[0].alone:
+    except KeyboardInterrupt:  # ends a sweep; what its jobs gave is still told
+        if not jobs or not isinstance(jobs[-1].error, Interrupted):
             raise
-        stopped = error if isinstance(error, ConfigError) else Interrupted("interrupted")
-        print(f"orcd-batch: the sweep ends here: {stopped}", file=sys.stderr)
-        jobs.append(_Job({"error": str(stopped)}, False, stopped))
     if hydra_verb:
         return None, 0
     if jobs and jobs[0].alone:
@@ -69,6 +66,8 @@ def _compose_and_run(args: Sequence[str], jobs: "list[_Job]", out: Any) -> None:
     def task(cfg: DictConfig) -> None:
         try:
             jobs.append(_run_one(args, cfg))
+            if isinstance(jobs[-1].error, Interrupted):
+                raise KeyboardInterrupt
         except Exception as error:
             bugs.append(error)
             raise
@@ -112,8 +111,6 @@ def _run_one(args: Sequence[str], cfg: DictConfig) -> _Job:
         logging.getLogger(__name__).error("%s", error, exc_info=cfg.debug)
         if not alone:
             print(f"orcd-batch: {directory.name}: {error}", file=sys.stderr)
-            if isinstance(error, Interrupted):
-                raise KeyboardInterrupt from error
         return _Job({"error": str(error), "directory": str(directory)}, alone, error)
 
 

@@ -4,6 +4,8 @@ import signal
 from types import FrameType
 from typing import Any
 
+from orcd_batch.errors import Interrupted
+
 
 class Interrupts:
     """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one interrupts.
@@ -19,6 +21,11 @@ class Interrupts:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+    def stop_if_requested(self) -> None:
+        """Raises Interrupted once a signal has come."""
+        if self.requested:
+            raise Interrupted("Interrupted: finished rows are kept; the same command continues.")
 
     def __enter__(self) -> "Interrupts":
         for signum in (signal.SIGINT, signal.SIGTERM):

@@ -47,17 +47,23 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
         stack.callback(store.close)
         if store.state == "complete":
             view.say(f"{output} is already complete; overwrite=true computes it again.")
-            _check_errors(options, store)
+            assert store.manifest is not None, "a complete output has a manifest"
+            _check_errors(options, store.manifest["totals"]["num_errors"])
             return _document(store, dataset, output, 0, {}, view)
 
+        def loading(part: str, done: int, total: int) -> None:
+            view.loading(part, done, total)
+            interrupts.stop_if_requested()
+
         source.begin_confirmation()
-        built = stack.enter_context(build_engine(source, options.engine, choice, view.loading))
+        built = stack.enter_context(build_engine(source, options.engine, choice, loading))
         view.say(f"{source.config.name} on {choice.device} ({choice.kind} engine: {choice.reason})")
         loaded = time.perf_counter()
         generation = Generation(options, dataset, source, built.engine, store, view)
         generation.run(interrupts)
-        _check_errors(options, store)
         seconds = time.perf_counter() - loaded
+        totals = run_totals(store)
+        _check_errors(options, totals.num_errors)
         statistics = {
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "start_s": round(loaded - started, 3),
@@ -67,7 +73,6 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
             **built.engine.statistics(),
             **built.memory(),
         }
-        totals = run_totals(store)
         store.assemble(
             dataset,
             manifest(options, identity, source, built, totals, statistics, surroundings),
@@ -75,16 +80,12 @@ def run_job(options: JobOptions, directory: Path) -> dict[str, Any]:
         return _document(store, dataset, output, generation.num_rows, statistics, view)
 
 
-def _check_errors(options: JobOptions, store: PartStore) -> None:
+def _check_errors(options: JobOptions, num_errors: int) -> None:
     """Under on_error=raise, error rows that an earlier run recorded count as well."""
-    if options.dataset.on_error != "raise":
-        return
-    num_errors = store.manifest["totals"]["num_errors"] if store.manifest else None
-    num_errors = run_totals(store).num_errors if num_errors is None else num_errors
-    if num_errors:
+    if options.dataset.on_error == "raise" and num_errors:
         raise RowError(
-            f"{num_errors} rows of an earlier run of this job could not be run: their `error` says "
-            "why; dataset.on_error=record keeps them as error rows."
+            f"{num_errors} output rows of an earlier run of this job are errors, and `error` says "
+            "why; dataset.on_error=record keeps them."
         )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,8 +42,7 @@ class ModelSource:
         source = gguf.metadata.get("tokenizer.chat_template")
         self._template_source = source if isinstance(source, str) else None
         self.template = self._open_template()
-        self._confirmation: threading.Thread | None = None
-        self._confirmed: list[str] = []
+        self._confirmation: Future[str] | None = None
         remembered = cached_model_hash(gguf.path, cache_directory())
         self._is_remembered = remembered is not None
         self.content_hash = remembered or self._computed_hash()
@@ -57,7 +56,12 @@ class ModelSource:
             if options.hub is None or options.path.startswith("hf://"):
                 raise
             raise CheckpointError(f"{error} Or fetch it with model.path={options.hub}.") from error
-        return cls(GGUFFile.open(path), options)
+        gguf = GGUFFile.open(path)
+        try:
+            return cls(gguf, options)
+        except BaseException:
+            gguf.close()
+            raise
 
     @property
     def template_hash(self) -> str | None:
@@ -87,33 +91,28 @@ class ModelSource:
     def begin_confirmation(self) -> None:
         """Starts to hash the file in the background when a remembered hash was used to start."""
         if self._is_remembered and self._confirmation is None:
-            self._confirmation = threading.Thread(
-                target=lambda: self._confirmed.append(self._computed_hash()),
-                name="model-hash",
-                daemon=True,
-            )
-            self._confirmation.start()
+            hasher = ThreadPoolExecutor(1, "model-hash")
+            self._confirmation = hasher.submit(self._computed_hash)
+            hasher.shutdown(wait=False)
 
     def confirm_hash(self) -> None:
         """Waits for the file's real hash when `begin_confirmation` was called.
 
-        Raises CheckpointError when the file is not the one remembered.
+        Raises CheckpointError, at every call, when the file is not the one remembered.
         """
         if self._confirmation is None:
             return
-        self._confirmation.join()
-        self._confirmation, self._is_remembered = None, False
-        if self._confirmed != [self.content_hash]:
+        if self._confirmation.result() != self.content_hash:
             raise CheckpointError(
-                f"{self.gguf.path} changed while its size and time stayed the same: run the same "
-                "command again, and it is read afresh."
+                f"{self.gguf.path} changed while its size and time stayed the same: nothing of "
+                "this run is kept; run it again, over an older output with overwrite=true."
             )
+        self._confirmation, self._is_remembered = None, False
 
     def close(self) -> None:
         """Ends the template worker and unmaps the file."""
         if self._confirmation is not None:
-            self._confirmation.join()
-            self._confirmation = None
+            wait([self._confirmation])
         if self.template is not None:
             self.template.close()
         self.gguf.close()

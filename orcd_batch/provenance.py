@@ -1,6 +1,5 @@
 """What a result depends on: the job's identity, and the manifest written with the output."""
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,7 +89,7 @@ def manifest(
         "config": asdict(options),
         "model": {"path": str(source.gguf.path), **described(source.config)},
         "engine": built.describe(),
-        "num_devices": 1 if built.kind == "cuda" else os.cpu_count(),
+        "num_devices": 1,
         "totals": asdict(totals),
         "statistics": statistics,
         "run_hash": totals.run_hash,

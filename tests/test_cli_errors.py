@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from support.paths import REPO_ROOT
 
 from orcd_batch import job
 from orcd_batch.cli import main
-from orcd_batch.config import JobOptions
+from orcd_batch.config import JobOptions, option_names
+from orcd_batch.data import DatasetOptions
 
 
 @pytest.fixture
@@ -155,6 +157,22 @@ def test_the_same_sweep_finds_its_directory_again(capsys, jobs, tmp_path):
     for order in (["sampling.seed=1,2", "data=a"], ["data=a", "sampling.seed=1,2"]):
         assert run(capsys, "-m", "model=phi3", *order)[0] == 0
     assert len(list((tmp_path / "outputs").glob("sweep-*"))) == 1
+
+
+def test_help_names_every_option(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    unnamed = {"model", "sampling", "dataset", "engine"}
+    unnamed |= {"model.name", "model.hub", "model.architectures", "engine.kind"}
+    missing = [n for n in option_names() if n not in unnamed and n.split(".")[-1] not in text]
+    assert not missing
+
+
+def test_the_data_room_knows_every_dataset_option():
+    ours = {name.split(".")[1] for name in option_names() if name.startswith("dataset.")}
+    theirs = {field.name for field in fields(DatasetOptions)}
+    assert ours - theirs == {"on_error"}
+    assert theirs <= ours
 
 
 def test_help_answers_within_a_second_and_imports_nothing_heavy():

@@ -14,6 +14,7 @@ import pytest
 from support.gguf_factory import write_model
 from support.paths import REPO_ROOT
 
+from orcd_batch.checkpoint.content_hash import remember_model_hash
 from orcd_batch.cli import main
 
 CHATML = (
@@ -188,7 +189,26 @@ def test_on_error_raise_counts_the_error_rows_of_an_earlier_run(run, tmp_path):
     code, document, err = run(data, "output=o.parquet", "dataset.on_error=raise")
     assert code == 1
     assert document is None
-    assert "1 rows" in err
+    assert "1 output rows" in err
+
+
+def test_a_model_file_that_is_not_the_one_remembered_leaves_nothing_behind(
+    run, prompts, model, tmp_path
+):
+    remember_model_hash(model, tmp_path / "cache" / "orcd_batch", "0" * 64)
+    code, document, err = run(prompts, "output=o.parquet")
+    assert code == 2
+    assert document is None
+    assert "changed while its size and time stayed the same" in err
+    assert not list(tmp_path.glob("o.parquet*"))
+    assert run(prompts, "output=o.parquet")[0] == 0
+
+
+def test_a_long_stretch_of_bad_rows_is_committed_like_any_other(run, tmp_path):
+    data = write(tmp_path / "bad.parquet", prompt=[*[None] * 300, "fine", *["x " * 200] * 300])
+    code, document, err = run(data, "engine.max_num_seqs=2", "sampling.n=2")
+    assert code == 0, err
+    assert (document["rows"], document["errors"]) == (1202, 1200)
 
 
 def test_bytes_that_are_no_text_spoil_their_own_row_only(run, tmp_path):

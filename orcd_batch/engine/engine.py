@@ -67,7 +67,7 @@ class Engine:
         self._refused: list[Completion] = []
         self._run_ahead = run_ahead
         self._launched: deque[_Step] = deque()
-        self.num_steps = self.prefill_tokens = self.decode_tokens = 0
+        self.num_steps = self.prefill_tokens = self.decode_tokens = self.sampled_tokens = 0
         self._prefill_s = self._decode_s = self._clock = 0.0
 
     def add(self, request: Request) -> None:
@@ -101,15 +101,12 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting)
 
-    @property
-    def num_running(self) -> int:
-        return len(self.scheduler.running)
-
     def statistics(self) -> dict[str, float]:
         """Since the engine was built: steps, tokens by how they came about, and wall time.
 
-        prefill_s: seconds of the steps that computed prompt tokens, whatever else they computed;
-        decode_s: seconds of all others.
+        prefill_s: seconds until the results of steps that computed prompt tokens were read,
+        whatever else they computed; decode_s: those of all others. With run_ahead they include
+        what the host did meanwhile.
         """
         return {
             "steps": self.num_steps,
@@ -160,12 +157,15 @@ class Engine:
         self.decode_tokens += sum(not sequence.is_finished for sequence in step.decoded)
         finished = []
         assert sampled is not None or not step.sampling, "nothing was sampled"
-        rows = _host_rows(sampled) if sampled is not None else ()
+        rows = list(_host_rows(sampled)) if sampled is not None else []
+        assert len(rows) >= len(step.sampling), f"{len(rows)} rows for {len(step.sampling)}"
         for sequence, row in zip(step.sampling, rows, strict=False):  # padding comes last
             sequence.num_pending -= 1
             if sequence.is_finished:
                 self.scheduler.release(sequence)
-            elif self._take_token(sequence, *row):
+                continue
+            self.sampled_tokens += 1
+            if self._take_token(sequence, *row):
                 self.scheduler.finish(sequence)
                 finished.append(sequence.completion)
         return finished
