@@ -24,8 +24,9 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz_gguf.py --count 100000
 	$(BIN)/python tests/fuzz_parquet.py --count 10000
 
-# Twenty kills of real runs; a million rows in bounded memory.
-trials: $(VENV)/.installed
+# The slow tests; twenty kills of real runs; a million rows in bounded memory.
+trials: $(VENV)/.installed $(MODEL)
+	$(BIN)/python -m pytest --ignore tests/gpu -m slow
 	$(BIN)/python tests/crash_trials.py --trials 20
 	$(BIN)/python tests/large_job.py --rows 1000000
 

@@ -88,6 +88,7 @@ def test_a_scaled_residual_stream_leaves_the_logits_alone(tmp_path: Path):
     np.testing.assert_allclose(logits[0], logits[1], atol=0.05)
 
 
+@pytest.mark.slow
 def test_every_line_of_the_bit_exactness_table_holds(tmp_path: Path, monkeypatch, capsys):
     import bit_exactness
 
