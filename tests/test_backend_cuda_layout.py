@@ -73,7 +73,7 @@ def test_prefill_has_a_block_for_every_row_of_every_sequence(
     shape = prefill_shape(*heads)
     rows = shape.num_warps * shape.row_tiles * 16
     starts = np.cumsum([0, *lengths])
-    # As the kernel numbers them: see first_row_block in kernels/attention.cu.
+    # As the kernel numbers them: see first_row_block in kernels/attention_prefill.cu.
     first = [int(start) * shape.group // rows + s for s, start in enumerate(starts)]
     for s, length in enumerate(lengths):
         assert (first[s + 1] - first[s]) * rows >= length * shape.group

@@ -7,13 +7,12 @@ from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.errors import DeviceError
 
-# As in kernels/attention.cu, where they fix the arithmetic: tiles of BLOCK_SIZE keys, so many to a
+# As in kernels/attention.cuh, where they fix the arithmetic: tiles of BLOCK_SIZE keys, so many to a
 # split, rows in mma tiles of 16.
 SPLIT_TILES = 4
 MMA_ROWS = 16
 
 MAX_HEAD_DIM = 128
-DECODE, PREFILL, MERGE = range(3)  # the kernel's KIND
 
 # Tiles that a decode warp keeps in shared memory (one at work, the others under way), and the most
 # warps of a block. Measured on an H200 in kernels/README.md, as are the prefill's.
@@ -31,12 +30,15 @@ _STATIC_SHARED_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One variant of the attention kernel; the sizes in bytes are per block of threads."""
+    """One variant of an attention kernel; the sizes in bytes are per block of threads.
 
+    row_tiles, num_stages: 0 where the kernel has none.
+    """
+
+    kernel: str
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    kind: int
     num_warps: int
     row_tiles: int
     num_stages: int
@@ -45,16 +47,16 @@ class AttentionShape:
 
     @property
     def defines(self) -> dict[str, int]:
-        return {
+        macros = {
             "NUM_HEADS": self.num_heads,
             "NUM_KV_HEADS": self.num_kv_heads,
             "HEAD_DIM": self.head_dim,
-            "KIND": self.kind,
             "WARPS": self.num_warps,
             "ROW_TILES": self.row_tiles,
             "STAGES": self.num_stages,
             "MIN_BLOCKS": self.min_blocks,
         }
+        return {name: value for name, value in macros.items() if value}
 
     @property
     def threads(self) -> int:
@@ -120,12 +122,14 @@ def decode_shape(
     num_warps = min(num_warps, MAX_DECODE_WARPS)
     shared_bytes = num_warps * warp_bytes + lists
     heads = (num_heads, num_kv_heads, head_dim)
-    return AttentionShape(*heads, DECODE, num_warps, 1, DECODE_STAGES, 1, shared_bytes)
+    shape = (num_warps, 0, DECODE_STAGES, 1, shared_bytes)
+    return AttentionShape("attention_decode", *heads, *shape)
 
 
 def merge_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionShape:
     """Puts a decode query's splits together."""
-    return AttentionShape(num_heads, num_kv_heads, head_dim, MERGE, MERGE_WARPS, 1, 2, 1, 0)
+    heads = (num_heads, num_kv_heads, head_dim)
+    return AttentionShape("attention_merge", *heads, MERGE_WARPS, 0, 0, 1, 0)
 
 
 def prefill_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionShape:
@@ -135,7 +139,7 @@ def prefill_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> Attention
     shared_bytes = PREFILL_STAGES * _stage_bytes(head_dim) + parked
     min_blocks = 3 if head_dim <= 64 else 2
     shape = (PREFILL_WARPS, PREFILL_ROW_TILES, PREFILL_STAGES, min_blocks, shared_bytes)
-    return AttentionShape(num_heads, num_kv_heads, head_dim, PREFILL, *shape)
+    return AttentionShape("attention_prefill", num_heads, num_kv_heads, head_dim, *shape)
 
 
 def _stage_bytes(head_dim: int) -> int:

@@ -193,7 +193,7 @@ class ForwardKernels:
     def _attend(
         self, shape: AttentionShape, grid: int | tuple[int, ...], args: Sequence[Any]
     ) -> None:
-        self._run("attention", shape.defines, grid, shape.threads, args, shape.shared_bytes)
+        self._run(shape.kernel, shape.defines, grid, shape.threads, args, shape.shared_bytes)
 
     def _run(
         self,

@@ -1,11 +1,13 @@
 """Our .cu files at run time: found, compiled by NVRTC, cached as cubins, launched.
 
-A kernel's source is common.cuh and its own file as one text, `#line` keeping the real names; its
+A kernel's source is common.cuh and its own file as one text, with the .cuh files it includes put in
+place and `#line` keeping the real names; its
 entry is `extern "C"` and named after the file. NVRTC works without a GPU, so `compile_kernel`
 serves the tests as well.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,15 +45,23 @@ def kernel_dir() -> Path:
 
 
 def kernel_source(name: str) -> str:
-    """common.cuh and `name`.cu as one text. Raises DeviceError when there is no such kernel."""
-    folder = kernel_dir()
+    """common.cuh and `name`.cu as one text, its `#include`s of our own files in place.
+
+    Raises DeviceError when there is no such kernel.
+    """
+    return "\n".join(_expanded(file) for file in ("common.cuh", f"{name}.cu"))
+
+
+def _expanded(file: str) -> str:
     try:
-        files = [
-            (path, path.read_text()) for path in (folder / "common.cuh", folder / f"{name}.cu")
-        ]
+        lines = (kernel_dir() / file).read_text().split("\n")
     except OSError as error:
-        raise DeviceError(f"The kernel source {name}.cu cannot be read: {error}.") from error
-    return "\n".join(f'#line 1 "{path.name}"\n{text}' for path, text in files)
+        raise DeviceError(f"The kernel source {file} cannot be read: {error}.") from error
+    text = [f'#line 1 "{file}"']
+    for number, line in enumerate(lines, 1):
+        included = re.fullmatch(r'#include "(\w+\.cuh)"', line)
+        text += [_expanded(included[1]), f'#line {number + 1} "{file}"'] if included else [line]
+    return "\n".join(text)
 
 
 def waits_by_itself(name: str) -> bool:
