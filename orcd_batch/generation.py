@@ -1,75 +1,79 @@
-"""The loop of a run: rows into the engine, finished samples into the store."""
+"""The loop of a run: rows into the runner, finished rows into the stores of their jobs."""
 
-import logging
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
-from orcd_batch.config import JobOptions
-from orcd_batch.data import InputDataset, InputRow, PartStore, SampleResult
+from orcd_batch.data import InputDataset, InputRow
 from orcd_batch.engine.engine import Engine
-from orcd_batch.engine.request import Completion, Request
-from orcd_batch.errors import RowError
+from orcd_batch.errors import OrcdError, OutputError, RowError
 from orcd_batch.interrupts import Interrupts
+from orcd_batch.job_run import JobRun
 from orcd_batch.model_source import ModelSource
 from orcd_batch.prompts import RequestBuilder
-from orcd_batch.reproducibility.hashes import numerics_hash, token_hash
-from orcd_batch.text import Tokenizer, cut_at_stop
+from orcd_batch.row_runner import JobRow, RowRunner
 from orcd_batch.view import JobView
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _PendingRow:
-    """An input row whose samples are still being generated."""
-
-    row: InputRow
-    num_samples: int
-    stop: tuple[str, ...] = ()
-    results: list[SampleResult] = field(default_factory=list)
 
 
 class Generation:
-    """The loop between the input, the engine and the store."""
+    """The loop between the input, the engine and the stores of jobs that share all but sampling."""
 
     def __init__(
         self,
-        options: JobOptions,
+        jobs: Sequence[JobRun],
         dataset: InputDataset,
         source: ModelSource,
         engine: Engine,
-        store: PartStore,
         view: JobView,
     ) -> None:
-        self._raise_errors = options.dataset.on_error == "raise"
-        self._tokenizer: Tokenizer = source.tokenizer
-        self._builder = RequestBuilder(
-            source.tokenizer, source.template, options.sampling, options.model.chat
-        )
-        self._engine = engine
-        self._dataset, self._source, self._store, self._view = dataset, source, store, view
-        self._pending: dict[int, _PendingRow] = {}
-        self._queued: deque[Request] = deque()
-        self.num_rows = 0
-        self.num_tokens = 0
+        wrap_prompts = jobs[0].options.model.chat
+        builder = RequestBuilder(source.tokenizer, source.template, wrap_prompts)
+        sampling = [job.options.sampling for job in jobs]
+        self._runner = RowRunner(engine, source.tokenizer, builder, sampling)
+        self._engine, self._jobs = engine, jobs
+        self._dataset, self._source, self._view = dataset, source, view
 
     def run(self, interrupts: Interrupts) -> None:
-        """Runs every row that the store does not have yet.
+        """Runs every row that a job's store does not have yet.
 
-        Raises Interrupted after committing what is finished, RowError under on_error=raise.
+        A job that cannot go on, an error row under on_error=raise or an output that cannot be
+        written, gets its `error` and leaves the loop. Raises Interrupted after committing what is
+        finished.
         """
-        rows = self._dataset.rows(skip=self._store.is_done)
-        self._view.start_rows(self._store.num_done_rows, self._dataset.num_rows)
+        rows = self._dataset.rows(skip=self._is_done)
+        self._view.start_rows(self._num_done_rows, self._dataset.num_rows * len(self._jobs))
         try:
-            while self._admit(rows) or self._engine.has_unfinished:
+            while self._goes_on(rows):
                 interrupts.stop_if_requested()
-                for completion in self._engine.step():
-                    self._finish_sample(completion)
-                self._view.rows(self._store.num_done_rows, self._engine.sampled_tokens)
+                for row in self._runner.step():
+                    self._keep(row)
+                self._view.rows(self._num_done_rows, self._engine.sampled_tokens)
                 self._commit(force=False)
         finally:
             self._commit(force=True)
+
+    @property
+    def num_tokens(self) -> Sequence[int]:
+        """Completion tokens of each job's samples that this run has finished."""
+        return self._runner.num_tokens
+
+    @property
+    def _num_done_rows(self) -> int:
+        return sum(job.store.num_done_rows for job in self._jobs)
+
+    def _is_done(self, index: int) -> bool:
+        return not self._wanting(index)
+
+    def _wanting(self, index: int) -> list[int]:
+        """The jobs that still need the row."""
+        return [
+            number
+            for number, job in enumerate(self._jobs)
+            if job.error is None and not job.store.is_done(index)
+        ]
+
+    def _goes_on(self, rows: Iterator[InputRow]) -> bool:
+        if all(job.error for job in self._jobs):
+            return False
+        return self._admit(rows) or self._runner.has_unfinished
 
     def _admit(self, rows: Iterator[InputRow]) -> bool:
         """Keeps the engine's queue one batch ahead; False once nothing is left to queue.
@@ -78,82 +82,41 @@ class Generation:
         is committed like any other.
         """
         for _ in range(self._engine.max_num_seqs):
-            while self._queued and self._engine.num_waiting < self._engine.max_num_seqs:
-                self._engine.add(self._queued.popleft())
-            if self._queued:
+            if not self._runner.has_room:
                 return True
             row = next(rows, None)
             if row is None:
                 return False
-            self._submit(row)
+            self._runner.submit(row, self._wanting(row.index))
         return True
 
-    def _submit(self, row: InputRow) -> None:
-        num_samples = self._builder.num_samples(row)
-        self._pending[row.index] = _PendingRow(row, num_samples)
-        try:
-            requests = self._builder.requests(row)
-        except RowError as error:
-            for sample in range(num_samples):
-                self._keep(row.index, self._failed(row, sample, str(error)))
+    def _keep(self, row: JobRow) -> None:
+        job = self._jobs[row.job]
+        if job.error is not None:
             return
-        self._pending[row.index].stop = requests[0].params.stop
-        self._queued.extend(requests)
-
-    def _finish_sample(self, completion: Completion) -> None:
-        assert isinstance(completion.key, tuple), f"not a key of ours: {completion.key!r}"
-        index, sample = completion.key
-        row, stop = self._pending[index].row, self._pending[index].stop
-        if completion.error is not None:
-            self._keep(index, self._failed(row, sample, completion.error))
+        if row.error is not None and job.options.dataset.on_error == "raise":
+            self._give_up(row.job, _refusal(row))
             return
-        ids = completion.token_ids
-        self.num_tokens += len(ids)
-        self._keep(
-            index,
-            SampleResult(
-                row_index=index,
-                sample_index=sample,
-                id=row.id,
-                completion=self._text(completion, stop),
-                completion_ids=ids,
-                finish_reason=completion.finish_reason,
-                prompt_tokens=len(completion.prompt_token_ids),
-                completion_tokens=len(ids),
-                logprob=float(sum(completion.logprobs)),
-                token_logprobs=completion.logprobs,
-                margins=completion.margins,
-                fingerprints=completion.fingerprints,
-                token_hash=token_hash(completion.prompt_token_ids, ids),
-                numerics_hash=numerics_hash(completion.fingerprints),
-            ),
-        )
+        job.store.add(row.results)
+        job.num_rows += len(row.results)
 
-    def _text(self, completion: Completion, stop: tuple[str, ...]) -> str:
-        ids = completion.token_ids
-        if ids and ids[-1] in self._tokenizer.stop_token_ids:
-            ids = ids[:-1]
-        return cut_at_stop(self._tokenizer.decode(ids, after=completion.prompt_token_ids[-1]), stop)
-
-    def _failed(self, row: InputRow, sample: int, reason: str) -> SampleResult:
-        if self._raise_errors:
-            raise RowError(
-                f"Row {row.index} (id {row.id!r}) cannot be run: {reason} Finished rows are kept; "
-                "dataset.on_error=record goes on and writes an error row instead."
-            )
-        log.warning("row %d (id %r): %s", row.index, row.id, reason)
-        return SampleResult.failed(row.index, sample, row.id, reason, "input")
-
-    def _keep(self, index: int, result: SampleResult) -> None:
-        pending = self._pending[index]
-        pending.results.append(result)
-        if len(pending.results) < pending.num_samples:
-            return
-        del self._pending[index]
-        self._store.add(sorted(pending.results, key=lambda r: r.sample_index))
-        self.num_rows += pending.num_samples
+    def _give_up(self, index: int, error: OrcdError) -> None:
+        self._jobs[index].error = error
+        self._runner.drop(index)
 
     def _commit(self, force: bool) -> None:
-        if force or self._store.commit_due:
+        for index, job in enumerate(self._jobs):
+            if isinstance(job.error, OutputError) or not (force or job.store.commit_due):
+                continue
             self._source.confirm_hash()
-            self._store.commit()
+            try:
+                job.store.commit()
+            except OutputError as error:
+                self._give_up(index, error)
+
+
+def _refusal(row: JobRow) -> RowError:
+    return RowError(
+        f"Row {row.row.index} (id {row.row.id!r}) cannot be run: {row.error} Finished rows are "
+        "kept; dataset.on_error=record goes on and writes an error row instead."
+    )

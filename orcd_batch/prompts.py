@@ -44,35 +44,39 @@ class RequestBuilder:
     """Turns input rows into engine requests with one tokenizer and one chat template."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        template: ChatTemplate | None,
-        options: SamplingOptions,
-        wrap_prompts: bool,
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, wrap_prompts: bool
     ) -> None:
         """wrap_prompts: render a string prompt as one user message of the template."""
         self._tokenizer = tokenizer
         self._template = template
-        self._options = options
         self._wrap_prompts = wrap_prompts
 
-    def num_samples(self, row: InputRow) -> int:
+    def num_samples(self, row: InputRow, options: SamplingOptions) -> int:
         """How many output rows the row gets, even when it cannot be run."""
-        n = row.overrides.get("n", self._options.n)
-        return n if isinstance(n, int) and 1 <= n <= MAX_SAMPLES else self._options.n
+        n = row.overrides.get("n", options.n)
+        return n if isinstance(n, int) and 1 <= n <= MAX_SAMPLES else options.n
 
-    def requests(self, row: InputRow) -> list[Request]:
-        """One request per sample of the row. Raises RowError with the reason it cannot be run."""
+    def prompt(self, row: InputRow) -> tuple[int, ...]:
+        """The row's prompt as token ids. Raises RowError with the reason it cannot be run."""
         if row.error is not None:
             raise RowError(row.error)
-        params = sampling_params(self._options, row.overrides)
         prompt = tuple(self._token_ids(row))
         if not prompt:
             raise RowError("The prompt is empty after tokenization: give it some text.")
+        return prompt
+
+    def requests(
+        self, row: InputRow, prompt: tuple[int, ...], options: SamplingOptions, job: int = 0
+    ) -> list[Request]:
+        """One request per sample of the row, with the key (job, row index, sample index).
+
+        Raises RowError when one of the row's own sampling parameters is out of range.
+        """
+        params = sampling_params(options, row.overrides)
         stop_ids = frozenset() if params.ignore_eos else self._tokenizer.stop_token_ids
         return [
             Request(
-                key=(row.index, sample),
+                key=(job, row.index, sample),
                 prompt_token_ids=prompt,
                 params=params,
                 stream=stream_digest(row.id, sample),
