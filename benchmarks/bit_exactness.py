@@ -84,7 +84,9 @@ SIZES = {"cuda": Sizes(320, 24, 3000, 10, 3000), "numpy": Sizes(24, 6, 150, 10, 
 class Trials:
     """Runs the lines one after another and keeps them."""
 
-    def __init__(self, model: Path, kind: str, sizes: Sizes) -> None:
+    def __init__(
+        self, model: Path, kind: str, sizes: Sizes, kv_cache_bytes: int | None = None
+    ) -> None:
         self.choice = choose_engine(kind)
         with GGUFFile.open(model) as gguf:
             self.config = read_model_config(gguf)
@@ -94,6 +96,7 @@ class Trials:
         self.lines: list[Line] = []
         self.notes: list[str] = []
         self._model, self._sizes = model, sizes
+        self._memory = {} if kv_cache_bytes is None else {"kv_cache_bytes": kv_cache_bytes}
         self._expected: dict[str, Bits] = {}
 
     def run(self) -> None:
@@ -120,7 +123,8 @@ class Trials:
 
     @contextmanager
     def _engine(self, **options: Any) -> Iterator[Engine]:
-        settings = EngineOptions(kind=self.choice.kind, max_model_len=self.max_model_len, **options)
+        options = {"max_model_len": self.max_model_len, **self._memory, **options}
+        settings = EngineOptions(kind=self.choice.kind, **options)
         with GGUFFile.open(self._model) as gguf:
             source = OpenModel(gguf, self.config)
             with build_engine(source, settings, self.choice) as built:
@@ -257,6 +261,7 @@ class Trials:
         options = (
             *("model.chat=false", f"engine={self.choice.kind}", "sampling.ignore_eos=true"),
             f"engine.max_model_len={self.max_model_len}",
+            *(f"engine.{name}={value}" for name, value in self._memory.items()),
             f"dataset.sampling_columns=[{','.join(SAMPLING_COLUMNS)}]",
         )
         return CommandLineJob(
@@ -317,6 +322,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("auto", "cuda", "numpy"), default="auto")
     parser.add_argument("--baseline", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--kv-cache-bytes", type=int, help="where others use the card as well")
     for name in ("rows", "tokens", "longest-prompt", "repeats", "job-rows"):
         parser.add_argument(f"--{name}", type=int, help="default: by engine")
     options = parser.parse_args()
@@ -324,7 +330,7 @@ def main() -> None:
     given = {name: getattr(options, name) for name in Sizes.__slots__}
     sizes = replace(sizes, **{name: value for name, value in given.items() if value is not None})
 
-    trials = Trials(options.model, options.engine, sizes)
+    trials = Trials(options.model, options.engine, sizes, options.kv_cache_bytes)
     started = time.perf_counter()
     print(f"{'':34} {'token_hash':>10} {'numerics_h':>10}")
     trials.run_baseline() if options.baseline else trials.run()

@@ -25,6 +25,7 @@ from results_file import RESULTS, write_results
 
 from orcd_batch import Tokenizer
 from orcd_batch.checkpoint import GGUFFile, read_model_config
+from orcd_batch.data.manifest import read_manifest
 from orcd_batch.engine_factory import choose_engine
 
 TEXT = ROOT / "tests" / "oracle" / "real_text.txt"
@@ -80,6 +81,7 @@ def main() -> None:
         document = job.run("out.parquet")
         said = document.pop("stderr")
         rows = pq.read_table(folder / "out.parquet").to_pylist()
+        phases = read_manifest(str(folder / "out.parquet"))["statistics"]["phases_s"]
     found = problems(rows, config.context_length)
     told = re.search(r"\((cuda|numpy) engine: .{0,120}", " ".join(said.split()))
     engine = told[0] if told else said[:300]
@@ -89,11 +91,13 @@ def main() -> None:
         outcome = row["error"] or f"{row['completion_tokens']} tokens, {row['finish_reason']}"
         print(f"{row['id']:12} {row['prompt_tokens'] or '':>6} {outcome}")
     print(document)
+    print("seconds since the process began:", *(f"{name} {s:.2f}" for name, s in phases.items()))
     for problem in found:
         print(problem)
     facts = {
         "said": engine,
         "document": document,
+        "phases_s": phases,
         "rows": [
             {key: row[key] for key in ("id", "prompt_tokens", "completion_tokens", "error")}
             for row in rows

@@ -19,6 +19,11 @@ from orcd_batch.backend.cuda.graph import time_launches
 from orcd_batch.backend.cuda.ops import CudaOps
 from orcd_batch.backend.cuda.placed_batch import PlacedBatch
 from orcd_batch.backend.cuda.sampling import Sampling
+from orcd_batch.backend.cuda.shared_splits import (
+    SPLIT_POSITIONS,
+    SharedSplits,
+    find_shared_splits,
+)
 from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, SampleBatch
 
 READ_BYTES_PER_S = 4.66e12
@@ -96,16 +101,9 @@ class Bench:
         ops, t = self.ops, num_tokens
         count = min(64, max(2, ROTATION_BYTES // (t * HIDDEN * 4)))
         xs = [self.normal(t, HIDDEN) for _ in range(count)]
-        deltas = [self.normal(t, HIDDEN) for _ in range(count)]
         weight = self.normal(HIDDEN)
         yield Case(
             f"rms_norm T={t}", t * HIDDEN * 6, lambda i: ops.rms_norm(xs[i], weight, 1e-5), count
-        )
-        yield Case(
-            f"add_rms_norm T={t}",
-            t * HIDDEN * 14,
-            lambda i: ops.add_rms_norm(xs[i], deltas[i], weight, 1e-5),
-            count,
         )
         self.free()
         table = self.normal(VOCAB, HIDDEN, dtype=FP16)
@@ -113,30 +111,35 @@ class Bench:
         ids = [self.put(rng.integers(0, VOCAB, t).astype(np.int32)) for _ in range(8)]
         yield Case(f"embedding T={t}", t * HIDDEN * 6, lambda i: ops.embedding(ids[i], table), 8)
         self.free()
-        count = min(64, max(2, ROTATION_BYTES // (t * FFN * 8)))
-        gates = [self.normal(t, 2 * FFN) for _ in range(count)]
-        yield Case(f"swiglu T={t}", t * FFN * 10, lambda i: ops.swiglu(gates[i]), count)
+        count = min(64, max(2, ROTATION_BYTES // (t * FFN * 4)))
+        gates = [self.normal(t, 2 * FFN, dtype=FP16) for _ in range(count)]
+        yield Case(f"swiglu T={t}", t * FFN * 6, lambda i: ops.swiglu(gates[i]), count)
         self.free()
 
     def rope(self, num_tokens: int) -> Iterator[Case]:
         t, (heads, kv_heads, dim) = num_tokens, PHI3
         width = (heads + 2 * kv_heads) * dim
-        count = min(64, max(2, ROTATION_BYTES // (t * width * 4)))
-        qkvs = [self.normal(t, width) for _ in range(count)]
+        count = min(64, max(2, ROTATION_BYTES // (t * width * 2)))
+        qkvs = [self.normal(t, width, dtype=FP16) for _ in range(count)]
         bias, table = self.normal(width), self.normal(4096, 2, dim // 2)
         cache, batch = self.cache(PHI3, [(t, t)])
         yield Case(
             f"rope_and_cache T={t}",
-            t * width * 6,
+            t * width * 4,
             lambda i: self.ops.rope_and_cache(qkvs[i], bias, table, cache, batch),
             count,
         )
         self.free()
 
     def cache(
-        self, heads: tuple[int, int, int], sequences: list[tuple[int, int]]
+        self,
+        heads: tuple[int, int, int],
+        sequences: list[tuple[int, int]],
+        samples: int = 1,
+        num_shared: int = 0,
     ) -> tuple[KVCache, Batch]:
-        """A cache just large enough for (context, queries) sequences, and their batch."""
+        """A cache just large enough for (context, queries) sequences, and their batch; `samples`
+        neighbours have their first num_shared blocks in common."""
         counts = [-(-context // BLOCK_SIZE) for context, _ in sequences]
         blocks = np.random.default_rng(2).permutation(sum(counts)).astype(np.int32)
         tables = np.zeros((len(sequences), max(counts)), np.int32)
@@ -144,6 +147,11 @@ class Bench:
         for s, count in enumerate(counts):
             tables[s, :count] = blocks[offset : offset + count]
             offset += count
+        firsts = np.arange(len(sequences)) // samples * samples
+        tables[:, :num_shared] = tables[firsts, :num_shared]
+        whole = np.array([c // SPLIT_POSITIONS if n == 1 else 0 for c, n in sequences])
+        found = find_shared_splits(tables, whole)
+        shared = SharedSplits(*(self.put(getattr(found, name)) for name in SharedSplits.__slots__))
         shape = (sum(counts), heads[1], BLOCK_SIZE, heads[2])
         cache = KVCache(self.normal(*shape, dtype=FP16), self.normal(*shape, dtype=FP16))
         new = [np.arange(context - queries, context) for context, queries in sequences]
@@ -161,17 +169,25 @@ class Bench:
             block_tables=self.put(tables),
             logits_rows=self.put(np.zeros(1, np.int32)),
             num_leading=next((i for i, (_, n) in enumerate(sequences) if n > 1), len(sequences)),
+            shared=shared,
         )
 
     def attention(
-        self, name: str, heads: tuple[int, int, int], sequences: list[tuple[int, int]]
+        self,
+        name: str,
+        heads: tuple[int, int, int],
+        sequences: list[tuple[int, int]],
+        samples: int = 1,
+        num_shared: int = 0,
     ) -> Iterator[Case]:
         num_heads, num_kv_heads, dim = heads
-        read = sum(context for context, _ in sequences) * num_kv_heads * dim * 4
+        num_keys = sum(context for context, _ in sequences)
+        num_keys -= num_shared * BLOCK_SIZE * (len(sequences) - -(-len(sequences) // samples))
+        read = num_keys * num_kv_heads * dim * 4
         num_tokens = sum(queries for _, queries in sequences)
         q = self.normal(num_tokens, num_heads, dim, dtype=FP16)
         count = max(2, min(64, ROTATION_BYTES // read)) if read < ROTATION_BYTES else 1
-        caches = [self.cache(heads, sequences) for _ in range(count)]
+        caches = [self.cache(heads, sequences, samples, num_shared) for _ in range(count)]
         pairs = sum(
             sum(range(context - queries + 1, context + 1)) for context, queries in sequences
         )
@@ -236,6 +252,14 @@ def cases(bench: Bench) -> Iterator[Case]:
     for model, heads, num_seqs, context in decodes:
         name = f"attention decode {model} B={num_seqs} context={context}"
         yield from bench.attention(name, heads, [(context, 1)] * num_seqs)
+    own = np.random.default_rng(4).integers(1, 128, 1020).tolist()
+    yield from bench.attention(
+        "attention decode phi3 B=1020 context=1..127", PHI3, [(n, 1) for n in own]
+    )
+    sweeps = [("phi3", PHI3), ("qwen2.5-0.5b", QWEN), ("llama-3-8b", LLAMA)]
+    for model, heads in sweeps:
+        name = f"attention decode {model} B=34x30 context=512 shared + 1..127"
+        yield from bench.attention(name, heads, [(512 + n, 1) for n in own], 30, 8)
     prefills = [
         ("phi3", PHI3, 4, 1024, 1024),
         ("phi3", PHI3, 1, 4096, 4096),

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,17 @@ CASES = {
 }
 
 
-def watch_linears(ops: Any, times: OpTimes, shapes: set[tuple[int, ...]]) -> None:
+def watch_products(ops: Any, times: OpTimes, shapes: set[tuple[int, ...]]) -> None:
     """Times every weight's shape under a name of its own."""
-    plain: Callable[..., Any] = ops.linear
-    timed = {shape: times.timed(f"linear {shape[0]} x {shape[1]}", plain) for shape in shapes}
+    timed = {
+        (name, shape): times.timed(f"{name} {shape[0]} x {shape[1]}", getattr(ops, name))
+        for name in ("linear", "linear_add", "logits")
+        for shape in shapes
+    }
     times.watch(ops)
-    ops.linear = lambda x, weight: timed[weight.shape](x, weight)
+    ops.linear = lambda x, weight: timed["linear", weight.shape](x, weight)
+    ops.linear_add = lambda x, weight, y: timed["linear_add", weight.shape](x, weight, y)
+    ops.logits = lambda x, weight: timed["logits", weight.shape](x, weight)
 
 
 def measure(built: BuiltEngine, name: str, repeat: int) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def measure(built: BuiltEngine, name: str, repeat: int) -> dict[str, Any]:
     weights = engine.weights
     first = weights.layers[0]
     linears = (first.attn_qkv, first.attn_output, first.ffn_gate_up, first.ffn_down, weights.output)
-    watch_linears(ops, times, {weight.shape for weight in linears})
+    watch_products(ops, times, {weight.shape for weight in linears})
     for again in range(times_over):
         todo = requests(workload, repeat + again + 1)
         for request in todo:

@@ -1,6 +1,7 @@
 """The five workloads through the engine at true model shapes, against the card's limits.
 
     python benchmarks/cuda_workloads.py [--shapes phi3 qwen2_5] [--workloads w1 w2 w3 w4 w5]
+        [--max-num-seqs 512 1024]
 
 Loading and start-up are not counted; a short run before each workload compiles kernels and records
 graphs. Per step: `gpu_ms` is the time between events around a step's launches, `idle_share` the
@@ -29,8 +30,6 @@ from orcd_batch.checkpoint import GGUFFile, read_model_config
 from orcd_batch.config import EngineOptions
 from orcd_batch.engine import Request, SamplingParams
 from orcd_batch.engine_factory import BuiltEngine, OpenModel, build_engine, choose_engine
-
-MAX_NUM_SEQS = 512
 
 
 class StepTimes:
@@ -97,7 +96,8 @@ def requests(workload: Workload, repeat: int, most_new: int | None = None) -> li
         prompt = shifted.setdefault(
             id(work), tuple(vocabulary[(token + 7919 * repeat) % 31995] for token in work.prompt)
         )
-        params = SamplingParams(max_tokens=min(work.num_new, most_new or work.num_new))
+        num_new = min(work.num_new, most_new or work.num_new)
+        params = SamplingParams(max_tokens=num_new, temperature=workload.temperature)
         todo.append(Request(index, prompt, params, stream=index))
     return todo
 
@@ -132,6 +132,7 @@ def measure(built: BuiltEngine, shape: Shape, workload: Workload, repeats: int) 
     row = {
         "workload": workload.name,
         "what": workload.what,
+        "max_num_seqs": built.engine.max_num_seqs,
         "tokens_per_s": round(workload.num_counted / median, 1),
         "limit_tokens_per_s": round(workload.num_counted / limit, 1),
         "share_of_limit": round(limit / median, 4),
@@ -151,9 +152,7 @@ def measure_shape(
     choice = choose_engine("cuda")
     rows = []
     started = time.perf_counter()
-    engine_options = EngineOptions(
-        kind="cuda", max_num_seqs=MAX_NUM_SEQS, max_model_len=4096, **options
-    )
+    engine_options = EngineOptions(kind="cuda", max_model_len=4096, **options)
     with GGUFFile.open(path) as gguf:
         model = OpenModel(gguf, read_model_config(gguf))
         with build_engine(model, engine_options, choice) as built:
@@ -175,6 +174,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder for the model files; kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument(
+        "--max-num-seqs",
+        type=int,
+        nargs="+",
+        default=[None],
+        help="one engine for each; default: its",
+    )
     options = parser.parse_args()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as temporary:
@@ -186,16 +192,18 @@ def main() -> None:
                 options.workloads,
                 options.repeats,
                 folder,
-                {"graphs": not options.no_graphs},
+                {"graphs": not options.no_graphs, "max_num_seqs": max_num_seqs},
             )
             for shape in options.shapes
+            for max_num_seqs in options.max_num_seqs
         ]
     what = "workloads-eager" if options.no_graphs else "workloads"
     write_results(options.results, what, choose_engine("cuda"), {"shapes": found})
     for entry in found:
         for row in entry["rows"]:
             print(
-                f"{entry['shape']:8} {row['workload']} {row['tokens_per_s']:>10,.0f} tokens/s, "
+                f"{entry['shape']:8} {row['workload']} {row['tokens_per_s']:>10,.0f} tokens/s "
+                f"({row['max_num_seqs']} sequences), "
                 f"{row['share_of_limit']:.0%} of {row['limit_tokens_per_s']:,.0f}; GPU idle "
                 f"{row['step_times']['idle_share']:.1%}"
             )

@@ -25,7 +25,8 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Workload:
     """name: w1 to w5. samples: consecutive samples of one prompt. max_running: at once, for the
-    limit. counts_prompts: the figure is prompt tokens per second, not output tokens."""
+    limit. counts_prompts: the figure is prompt tokens per second, not output tokens. temperature: 0
+    is greedy."""
 
     name: str
     what: str
@@ -33,6 +34,7 @@ class Workload:
     samples: int = 1
     max_running: int = 512
     counts_prompts: bool = False
+    temperature: float = 0.0
 
     @property
     def num_counted(self) -> int:
@@ -64,7 +66,8 @@ def w3() -> Workload:
 def w4() -> Workload:
     base = _works([512] * 64, [128] * 64, seed=4)
     works = [work for work in base for _ in range(30)]
-    return Workload("w4", "64 prompts × 30 samples, 512 in, 128 out", works, 30, len(works))
+    what = "64 prompts × 30 samples at temperature 1, 512 in, 128 out"
+    return Workload("w4", what, works, 30, len(works), temperature=1.0)
 
 
 def w5() -> Workload:

@@ -78,6 +78,12 @@ struct TileLoader {
 
 // --- the arithmetic of one warp: TILES row tiles against one tile of keys ----------------------
 
+// What a warp does besides: after its last look at the keys, and before its first at the values.
+struct Turn {
+    __device__ __forceinline__ void after_keys() const {}
+    __device__ __forceinline__ void before_values() const {}
+};
+
 // Lane = 4 g + t holds rows g and g + 8 (index `half`) and, of every 8 columns, 2t and 2t + 1.
 template <int TILES>
 struct Rows {
@@ -109,10 +115,10 @@ struct Rows {
     }
 
     // keys, values: shared addresses of the tile. visible(i, half, key): whether row `half` of row
-    // tile i sees key `key` of the tile; asked only when all_visible is false.
-    template <class Visible>
+    // tile i sees key `key` of the tile; asked only when all_visible is false. turn: see Turn.
+    template <class Visible, class OnTurn = Turn>
     __device__ __forceinline__ void attend(u32 keys, u32 values, bool all_visible, Visible visible,
-                                           float scale) {
+                                           float scale, OnTurn turn = OnTurn()) {
         const int lane = threadIdx.x % WARP;
         float s[TILES][TILE / 8][4] = {};
 #pragma unroll
@@ -128,6 +134,7 @@ struct Rows {
                     mma_k16(s[i][2 * pair + 1], q[i][k], b[2], b[3]);
                 }
             }
+        turn.after_keys();
 
         u32 p[TILES][TILE / 8][2];
 #pragma unroll
@@ -135,6 +142,7 @@ struct Rows {
             if (!all_visible) mask(s[i], i, visible);
             soften(s[i], p[i], i, scale);
         }
+        turn.before_values();
 
 #pragma unroll
         for (int k = 0; k < TILE / 16; ++k)

@@ -1,199 +1,170 @@
 // attention_decode: attention of the sequences that have one query in this step
 //
 // computes:  see attention.cuh; a query with one split is done, others leave partials
-// layout:    see attention.cuh and attention_partials.cuh
-// mapping:   item = (sequence, split, KV head, row tile); warp w of the grid owns items w, w + W, …
-//            and streams their tiles through its own stages without a gap
+// layout:    see attention.cuh and attention_partials.cuh. Chunk c is one split, chunk_split[c], of
+//            sequences members[chunk_start[c]] … members[chunk_start[c + 1] - 1], at most 32, whose
+//            block tables agree there and who have all of it behind them; together the first
+//            num_shared[b] splits of sequence b are in chunks
+// mapping:   item = 16 rows of one KV head against one split: the rows of a chunk, or those of one
+//            sequence; warp w of the grid owns items w, w + W, …, chunks first, and streams their
+//            tiles through its own stages without a gap
 // macros:    those of attention.cuh, STAGES (of a warp)
-// bound by:  bytes of keys and values
-// order:     see attention.cuh
+// bound by:  bytes of keys and values; those of a chunk once, as long as its items run side by side
+// order:     see attention.cuh; rows of one mma do not meet, so who shares a tile changes no bit
 // architectures: sm_80 sm_90 sm_120
-// compile:   NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 WARPS=4 STAGES=2 MIN_BLOCKS=1
-//            | NUM_HEADS=14 NUM_KV_HEADS=2 HEAD_DIM=64 WARPS=4 STAGES=2 MIN_BLOCKS=1
-//            | NUM_HEADS=32 NUM_KV_HEADS=8 HEAD_DIM=128 WARPS=3 STAGES=2 MIN_BLOCKS=1
+// compile:   NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 WARPS=8 STAGES=1 MIN_BLOCKS=1
+//            | NUM_HEADS=14 NUM_KV_HEADS=2 HEAD_DIM=64 WARPS=12 STAGES=1 MIN_BLOCKS=1
+//            | NUM_HEADS=32 NUM_KV_HEADS=8 HEAD_DIM=128 WARPS=6 STAGES=1 MIN_BLOCKS=1
 // spills:    none
 
 #include "attention.cuh"
 #include "attention_partials.cuh"
+#include "attention_items.cuh"
 
-// --- decode: one warp, one item ----------------------------------------------------------------
-
-// What a block knows of every sequence, in shared memory.
-struct Sequences {
-    int* first_split;  // (B + 1,), running number of splits
-    int* context;      // (B,)
-    int count;
-};
-
-// Fills the table: an inclusive sum over the sequences, THREADS at a time.
-__device__ __forceinline__ void count_splits(const Sequences& s, const i32* query_start,
-                                             const i32* context_lens, int reach) {
-    __shared__ int warp_sums[WARPS];
-    const int lane = threadIdx.x % WARP;
-    const int warp = threadIdx.x / WARP;
-    int before = 0;
-    if (threadIdx.x == 0) s.first_split[0] = 0;
-    for (int start = 0; start < s.count; start += THREADS) {
-        const int b = start + threadIdx.x;
-        int sum = 0;
-        if (b < s.count) {
-            const bool mine = query_start[b + 1] - query_start[b] == 1;
-            s.context[b] = context_lens[b];
-            sum = mine ? num_splits(s.context[b], reach) : 0;
-        }
+__device__ __forceinline__ void store_split(float* partial, const Rows<1>& rows, int half, int row) {
+    const int t = threadIdx.x % 4;
+    float2* o = (float2*)(partial + row * HEAD_DIM) + t;
 #pragma unroll
-        for (int step = 1; step < WARP; step <<= 1) {
-            const int other = __shfl_up_sync(FULL_WARP, sum, step);
-            if (lane >= step) sum += other;
-        }
-        __syncthreads();
-        if (lane == WARP - 1) warp_sums[warp] = sum;
-        __syncthreads();
-        int total = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            if (w < warp) sum += warp_sums[w];
-            total += warp_sums[w];
-        }
-        if (b < s.count) s.first_split[b + 1] = before + sum;
-        before += total;
-    }
-    __syncthreads();
+    for (int n = 0; n < COLUMN_TILES; ++n)
+        o[n * 4] = make_float2(rows.o[0][n][2 * half], rows.o[0][n][2 * half + 1]);
+    float2* state = (float2*)(partial + ITEM_ROWS * HEAD_DIM) + row;
+    if (t == 0) *state = make_float2(rows.max[0][half], rows.sum[0][half]);
 }
 
-// One item: the tiles [tile, end) of one split, for one row tile of one KV head.
-struct Item {
-    int sequence, unit, split_count, split;  // split: counted from the first visible one
-    int context, first, tile, end;
-    bool valid;
+// The tiles on their way, STAGES of them, keys and values apart: each is loaded again as soon as it
+// has been used.
+struct Stream {
+    const Sequences& sequences;
+    const Chunks& chunks;
+    const f16 *keys, *values;
+    const i32* block_tables;
+    int max_blocks, reach, stride;
+    u32 stages;
+    TileLoader<TILE> loader;
+    Item item;          // whose tiles are being loaded
+    i32 blocks;         // lane i: the cache block of its i-th tile
+    int first, loaded;  // its first tile; tiles loaded by now
 
-    __device__ __forceinline__ Item(const Sequences& s, int index, int reach) {
-        const int pair = index / UNITS;
-        unit = index % UNITS;
-        valid = pair < s.first_split[s.count];
-        if (!valid) return;
-        int low = 0, high = s.count;
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (s.first_split[middle] <= pair) low = middle;
-            else high = middle;
+    __device__ __forceinline__ u32 stage(int tile) const {
+        return stages + tile % STAGES * STAGE_BYTES;
+    }
+    __device__ __forceinline__ void look_up_blocks() {
+        first = item.tile;
+        const int tile = first + threadIdx.x % WARP;
+        if (item.valid && tile < item.end)
+            blocks = block_tables[(size_t)item.sequence * max_blocks + tile];
+    }
+    __device__ __forceinline__ const f16* place(const f16* cache) const {
+        const size_t block = __shfl_sync(FULL_WARP, blocks, item.tile - first);
+        return cache + (block * NUM_KV_HEADS + item.kv_head) * TILE * HEAD_DIM;
+    }
+    __device__ __forceinline__ void load_keys() {
+        if (item.valid)
+            loader.load(stage(loaded), place(keys), item.context - item.tile * TILE);
+        copy_async_commit();
+    }
+    __device__ __forceinline__ void load_values() {
+        if (item.valid) {
+            const u32 target = stage(loaded) + TILE_BYTES;
+            loader.load(target, place(values), item.context - item.tile * TILE);
+            ++loaded;
+            if (++item.tile == item.end) {
+                item = Item(sequences, chunks, item.index + stride, stride, reach);
+                look_up_blocks();
+            }
         }
-        sequence = low;
-        split = pair - s.first_split[low];
-        split_count = s.first_split[low + 1] - s.first_split[low];
-        context = s.context[low];
-        first = first_visible(context - 1, reach);
-        const int split_tile = (first / (TILE * SPLIT_TILES) + split) * SPLIT_TILES;
-        tile = max(split_tile, first / TILE);
-        end = min(split_tile + SPLIT_TILES, (context - 1) / TILE + 1);
+        copy_async_commit();
+    }
+    // What was loaded next is there, for all lanes.
+    __device__ __forceinline__ void wait() const {
+        copy_async_wait<2 * STAGES - 1>();
+        __syncwarp();
     }
 };
 
-__device__ __forceinline__ void store_split(float* partial, const Rows<1>& rows, int num_rows) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = half * 8 + lane / 4;
-        if (row >= num_rows) continue;
-        float2* o = (float2*)(partial + row * HEAD_DIM) + lane % 4;
-#pragma unroll
-        for (int n = 0; n < COLUMN_TILES; ++n)
-            o[n * 4] = make_float2(rows.o[0][n][2 * half], rows.o[0][n][2 * half + 1]);
-        float2* state = (float2*)(partial + ITEM_ROWS * HEAD_DIM) + row;
-        if (lane % 4 == 0) *state = make_float2(rows.max[0][half], rows.sum[0][half]);
+struct StreamTurn {
+    Stream& stream;
+    __device__ __forceinline__ void after_keys() const {
+        __syncwarp();
+        stream.load_keys();
     }
-}
+    __device__ __forceinline__ void before_values() const { stream.wait(); }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attention_decode(const f16* __restrict__ q, const f16* __restrict__ keys,
                      const f16* __restrict__ values, const i32* __restrict__ query_start,
                      const i32* __restrict__ context_lens, const i32* __restrict__ block_tables,
                      f16* __restrict__ out, int num_sequences, int max_blocks, int reach,
-                     float scale, float* __restrict__ partials) {
+                     float scale, float* __restrict__ partials,
+                     const i32* __restrict__ num_shared, const i32* __restrict__ num_chunks,
+                     const i32* __restrict__ members, const i32* __restrict__ chunk_start,
+                     const i32* __restrict__ chunk_split) {
     extern __shared__ __align__(128) char shared[];
     let_next_start();
     wait_for_previous();
-    const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
-    const u32 stages = shared_address(shared) + warp * STAGES * STAGE_BYTES;
     int* lists = (int*)(shared + WARPS * STAGES * STAGE_BYTES);
-    const Sequences sequences = {lists, lists + num_sequences + 1, num_sequences};
-    count_splits(sequences, query_start, context_lens, reach);
+    const Sequences sequences = {lists, lists + num_sequences + 1, lists + 2 * num_sequences + 1,
+                                 num_sequences};
+    const Chunks chunks = {members, chunk_start, chunk_split,
+                           *num_chunks * NUM_KV_HEADS * CHUNK_TILES};
+    count_splits(sequences, query_start, context_lens, num_shared, reach);
 
-    const int num_warps = gridDim.x * WARPS;
-    int index = warp * gridDim.x + blockIdx.x;
-    Item work(sequences, index, reach);
-    Item ahead = work;  // the item whose tiles are being loaded
-    int ahead_index = index;
-    i32 ahead_blocks = 0;  // lane i: the cache block of its i-th tile
-    int ahead_start = 0;
-    const TileLoader<TILE> loader(0);
-    auto look_up_blocks = [&] {
-        ahead_start = ahead.tile;
-        const int tile = ahead.tile + lane;
-        if (ahead.valid && tile < ahead.end)
-            ahead_blocks = block_tables[(size_t)ahead.sequence * max_blocks + tile];
-    };
-    int loaded = 0;
-    auto load_next = [&] {
-        if (ahead.valid) {
-            const size_t block = __shfl_sync(FULL_WARP, ahead_blocks, ahead.tile - ahead_start);
-            const int kv_head = ahead.unit / GROUP_TILES;
-            const size_t offset = (block * NUM_KV_HEADS + kv_head) * TILE * HEAD_DIM;
-            const u32 stage = stages + loaded % STAGES * STAGE_BYTES;
-            loader.load(stage, keys + offset, ahead.context - ahead.tile * TILE);
-            loader.load(stage + TILE_BYTES, values + offset, ahead.context - ahead.tile * TILE);
-            ++loaded;
-            if (++ahead.tile == ahead.end) {
-                ahead_index += num_warps;
-                ahead = Item(sequences, ahead_index, reach);
-                look_up_blocks();
-            }
-        }
-        copy_async_commit();
-    };
-    look_up_blocks();
+    const int stride = gridDim.x * WARPS;
+    Item item(sequences, chunks, warp * gridDim.x + blockIdx.x, stride, reach);
+    Stream stream = {sequences, chunks, keys, values, block_tables, max_blocks, reach, stride,
+                     shared_address(shared) + warp * STAGES * STAGE_BYTES, TileLoader<TILE>(0),
+                     item, 0, 0, 0};
+    stream.look_up_blocks();
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) load_next();
+    for (int i = 0; i < STAGES; ++i) {
+        stream.load_keys();
+        stream.load_values();
+    }
 
     int used = 0;
-    for (; work.valid; index += num_warps, work = Item(sequences, index, reach)) {
-        const int kv_head = work.unit / GROUP_TILES;
-        const int first_row = work.unit % GROUP_TILES * 16;
-        const int num_rows = min(16, GROUP - first_row);
-        const size_t query = query_start[work.sequence];
-        const size_t head = query * NUM_HEADS + kv_head * GROUP + first_row;
+    for (; item.valid; item = Item(sequences, chunks, item.index + stride, stride, reach)) {
+        const Row own[2] = {Row(sequences, chunks, item, 0, reach),
+                            Row(sequences, chunks, item, 1, reach)};
+        size_t place[2];  // in q and out
         Rows<1> rows;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = half * 8 + lane / 4;
-            rows.load_q(0, half, row < num_rows ? q + (head + row) * HEAD_DIM : nullptr);
+            const size_t query = query_start[own[half].sequence];
+            const size_t head = item.kv_head * GROUP + own[half].head;
+            place[half] = (query * NUM_HEADS + head) * HEAD_DIM;
+            rows.load_q(0, half, own[half].exists ? q + place[half] : nullptr);
         }
+        const int first = max(own[0].first, own[1].first);
+        const int context = min(own[0].context, own[1].context);
         rows.start_split();
-        for (int tile = work.tile; tile < work.end; ++tile, ++used) {
-            copy_async_wait<STAGES - 2>();
-            __syncwarp();  // this tile has landed, and no lane reads the stage about to be refilled
-            load_next();
+        for (int tile = item.tile; tile < item.end; ++tile, ++used) {
             const int base = tile * TILE;
-            const bool all_visible = base >= work.first && base + TILE <= work.context;
-            const u32 stage = stages + used % STAGES * STAGE_BYTES;
-            auto visible = [&](int, int, int key) {
-                return base + key >= work.first && base + key < work.context;
+            const bool all_visible = base >= first && base + TILE <= context;
+            auto visible = [&](int, int half, int key) {
+                return base + key >= own[half].first && base + key < own[half].context;
             };
-            rows.attend(stage, stage + TILE_BYTES, all_visible, visible, scale);
+            const u32 stage = stream.stage(used);
+            stream.wait();
+            rows.attend(stage, stage + TILE_BYTES, __all_sync(FULL_WARP, all_visible), visible,
+                        scale, StreamTurn{stream});
+            __syncwarp();
+            stream.load_values();
         }
         rows.finish_split();
-
-        if (work.split_count == 1) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = half * 8 + lane / 4;
-                if (row < num_rows)
-                    write_row(out + (head + row) * HEAD_DIM, rows.o[0], half, rows.sum[0][half]);
+        for (int half = 0; half < 2; ++half) {
+            const Row& row = own[half];
+            const int split = item.split - row.first / SPLIT;  // counted from the first visible
+            if (!row.exists || split < 0) continue;
+            if (num_splits(row.context, reach) == 1) {
+                write_row(out + place[half], rows.o[0], half, rows.sum[0][half]);
+                continue;
             }
-            continue;
+            const int unit = item.kv_head * GROUP_TILES + row.head / 16;
+            store_split(partial_of(partials, row.sequence, split, unit, max_blocks), rows, half,
+                        row.head % 16);
         }
-        float* partial = partial_of(partials, work.sequence, work.split, work.unit, max_blocks);
-        store_split(partial, rows, num_rows);
     }
 }

@@ -5,6 +5,7 @@
 
 // --- decode and merge: what one leaves for the other -------------------------------------------
 
+constexpr int SPLIT = TILE * SPLIT_TILES;                // positions of a split
 constexpr int GROUP_TILES = (GROUP + 15) / 16;           // row tiles of a KV head
 constexpr int UNITS = NUM_KV_HEADS * GROUP_TILES;        // items of a split
 constexpr int ITEM_ROWS = GROUP < 16 ? GROUP : 16;
@@ -13,8 +14,8 @@ constexpr int ITEM_FLOATS = ITEM_ROWS * (HEAD_DIM + 2);  // o, then (max, sum), 
 // Splits that a decode query sees, the first being that of its first visible key.
 __device__ __forceinline__ int num_splits(int context, int reach) {
     if (context == 0) return 0;
-    const int first = first_visible(context - 1, reach) / (TILE * SPLIT_TILES);
-    return (context - 1) / (TILE * SPLIT_TILES) - first + 1;
+    const int first = first_visible(context - 1, reach) / SPLIT;
+    return (context - 1) / SPLIT - first + 1;
 }
 
 __device__ __forceinline__ float* partial_of(float* partials, int sequence, int split, int unit,

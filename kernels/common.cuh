@@ -179,18 +179,6 @@ struct NormRow {
         }
     }
 
-    // Adds delta to the row and writes the sum back.
-    __device__ __forceinline__ void add(float* row, const float* delta) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            const int v = threadIdx.x + i * BLOCK_THREADS;
-            if (v >= VECTORS) break;
-            const float4 d = ((const float4*)delta)[v];
-            x[i] = make_float4(x[i].x + d.x, x[i].y + d.y, x[i].z + d.z, x[i].w + d.w);
-            ((float4*)row)[v] = x[i];
-        }
-    }
-
     // y = x / sqrt(mean(x^2) + eps) * weight, rounded to fp16.
     __device__ __forceinline__ void normalize(const float* weight, float eps, f16* y) {
         __shared__ float scratch[BLOCK_THREADS / WARP];

@@ -4,11 +4,12 @@
 //            order of operations of gguf.quants, without contraction, then rounded to nearest even.
 //            place is the identity, or puts a head's rows (2 i, 2 i + 1) at (i, i + D / 2).
 // layout:    raw: num_rows rows of K values in GGML blocks, back to back; K a multiple of 8;
-//            out: (., K) fp16 dense; out_of_range: set to 1 when a value is not finite in fp16
+//            out: (., K) fp16 dense; out_of_range: of the values that are no number or beyond fp16's
+//            65,504, the first one's bits under ~(its place in the tensor); 0: there is none
 // mapping:   thread = 8 neighbouring values of one row (16 bytes of output), grid-stride
 // macros:    TYPE_<GGML type>
 // bound by:  bytes; in practice by the copy over PCIe that feeds it
-// order:     no reduction
+// order:     out_of_range is a maximum; nothing else is reduced
 // source:    block layouts: ggml's block_q*; arithmetic: gguf.quants
 // architectures: sm_80 sm_90 sm_120
 // compile:   TYPE_F32=1 | TYPE_F16=1 | TYPE_BF16=1 | TYPE_Q8_0=1 | TYPE_Q4_0=1 | TYPE_Q4_1=1 | TYPE_Q5_0=1 | TYPE_Q5_1=1 | TYPE_Q4_K=1 | TYPE_Q5_K=1 | TYPE_Q6_K=1
@@ -141,25 +142,32 @@ __device__ __forceinline__ int place(int row, int rope_head_dim) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    dequantize(const u8* __restrict__ raw, f16* __restrict__ out, u32* __restrict__ out_of_range,
+    dequantize(const u8* __restrict__ raw, f16* __restrict__ out, u64* __restrict__ out_of_range,
                int num_rows, int K, int first_row, int first_out, int rope_head_dim) {
     const int groups = K / GROUP;
     const u64 total = (u64)num_rows * groups;
     const u64 row_bytes = (u64)K / VALUES * BYTES;
-    bool fits = true;
+    u64 outside = 0;
     for (u64 g = blockIdx.x * (u64)THREADS + threadIdx.x; g < total; g += (u64)gridDim.x * THREADS) {
         const int row = g / groups, k = g % groups * GROUP;
         const u8* source = raw + row * row_bytes;
         float v[GROUP];
         decode(source + k / VALUES * BYTES, k % VALUES, v);
         u32 packed[GROUP / 2];
+        bool fits = true;
 #pragma unroll
         for (int i = 0; i < GROUP / 2; ++i) {
             packed[i] = to_f16x2(v[2 * i], v[2 * i + 1]);
-            fits = fits && (packed[i] & 0x7c00) != 0x7c00 && (packed[i] & 0x7c000000) != 0x7c000000;
+            fits = fits && fabsf(v[2 * i]) <= 65504.0f && fabsf(v[2 * i + 1]) <= 65504.0f;
+        }
+        for (int i = 0; i < GROUP && !fits; ++i) {
+            if (fabsf(v[i]) <= 65504.0f) continue;
+            const u32 at = (u64)(first_row + row) * K + k + i;
+            const u64 found = (u64)~at << 32 | __float_as_uint(v[i]);
+            outside = found > outside ? found : outside;
         }
         f16* target = out + (u64)(first_out + place(first_row + row, rope_head_dim)) * K + k;
         *(uint4*)target = make_uint4(packed[0], packed[1], packed[2], packed[3]);
     }
-    if (!fits) atomicOr(out_of_range, 1u);
+    if (outside) atomicMax(out_of_range, outside);
 }

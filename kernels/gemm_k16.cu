@@ -1,10 +1,13 @@
 // gemm_k16: the plain matrix product, and the reference that every other one must equal bit for bit
 //
-// computes:  y[m][n] = sum over k of x[m][k] w[n][k]; fp16 in, one fp32 accumulator, fp32 out
+// computes:  y[m][n] = sum over k of x[m][k] w[n][k]; fp16 in, one fp32 accumulator; what is written
+//            is OUTPUT's choice, see product.cuh
 // layout:    x (M, K), w (N, K), y (M, N), dense row-major; K a multiple of 8; any M and N
 // mapping:   block (i, j) owns the TILE_M rows from i TILE_M and the TILE_N columns from j TILE_N
-//            (rows fastest: blocks at work together share their piece of w in the L2 cache); its WARPS_M x WARPS_N warps each own an equal rectangle of that tile
-// macros:    TILE_M, TILE_N, TILE_K (a multiple of 16), WARPS_M, WARPS_N, STAGES of TILE_K in flight
+//            (rows fastest: blocks at work together share their piece of w in the L2 cache); its
+//            WARPS_M x WARPS_N warps each own an equal rectangle of that tile
+// macros:    TILE_M, TILE_N, TILE_K (a multiple of 16), WARPS_M, WARPS_N, STAGES of TILE_K in
+//            flight, OUTPUT
 // bound by:  bytes of w for M under about 100 (H200, M = 1, w 16384 x 3072: 32 us, 67 % of the read
 //            ceiling), else flops (M = 4096: 1.48 ms, 36 %: mma.sync, no warpgroup instructions)
 // order:     each y is one chain of mma.m16n8k16 over ascending k, starting from zero; what lies
@@ -12,8 +15,10 @@
 //            shape nor M can change a bit.
 // source:    own arrangement of the usual cp.async + ldmatrix + mma.sync pipeline
 // architectures: sm_80 sm_90 sm_120
-// compile:   TILE_M=16 TILE_N=32 TILE_K=128 WARPS_M=1 WARPS_N=2 STAGES=6 | TILE_M=64 TILE_N=64 TILE_K=64 WARPS_M=2 WARPS_N=2 STAGES=4 | TILE_M=128 TILE_N=128 TILE_K=64 WARPS_M=2 WARPS_N=4 STAGES=3
+// compile:   TILE_M=16 TILE_N=32 TILE_K=128 WARPS_M=1 WARPS_N=2 STAGES=6 OUTPUT=0 | TILE_M=64 TILE_N=64 TILE_K=64 WARPS_M=2 WARPS_N=2 STAGES=4 OUTPUT=1 | TILE_M=128 TILE_N=128 TILE_K=64 WARPS_M=2 WARPS_N=4 STAGES=3 OUTPUT=2
 // spills:    none
+
+#include "product.cuh"
 
 constexpr int THREADS = WARP * WARPS_M * WARPS_N;
 constexpr int WARP_M = TILE_M / WARPS_M;
@@ -41,7 +46,7 @@ __device__ __forceinline__ void load_tile(f16* shared, const f16* matrix, int ro
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gemm_k16(const f16* __restrict__ x, const f16* __restrict__ w, float* __restrict__ y, int M,
+    gemm_k16(const f16* __restrict__ x, const f16* __restrict__ w, void* __restrict__ y, int M,
              int N, int K) {
     extern __shared__ __align__(16) f16 stages[];
     let_next_start();
@@ -107,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int v = 0; v < 4; ++v) {
                 const int m = m0 + warp_m + i * 16 + lane / 4 + v / 2 * 8;
                 const int n = n0 + warp_n + j * 8 + lane % 4 * 2 + v % 2;
-                if (m < M && n < N) y[(size_t)m * N + n] = c[i][j][v];
+                const size_t index = (size_t)m * N + n;
+                if (m < M && n < N) put(y, index, c[i][j][v], to_add(y, index));
             }
 }

@@ -6,14 +6,14 @@
 //            Q' -> q[t]; K' and V -> the cache slot slot_mapping[t]; all rounded to fp16.
 //            A negative slot writes no cache. A V that fp16 cannot hold is cached as 0 and its pair
 //            in K as NaN: who sees the key gets NaN, and attention's 0 * V is 0 for who does not.
-// layout:    qkv (T, (H + 2 Hkv) D) fp32: Q heads, K heads, V heads; bias ((H + 2 Hkv) D,) fp32;
+// layout:    qkv (T, (H + 2 Hkv) D) fp16: Q heads, K heads, V heads; bias ((H + 2 Hkv) D,) fp32;
 //            rope_table (positions, 2, D/2) fp32; q (T, H, D) fp16;
 //            keys, values (num_blocks, Hkv, 64, D) fp16; slot = block * 64 + offset; D a multiple
 //            of 8
 // mapping:   block (t, j) owns THREADS of token t's units: 4 pairs of one Q head, or of one K head
 //            and its V
 // macros:    NUM_HEADS (H), NUM_KV_HEADS (Hkv), HEAD_DIM (D), THREADS
-// bound by:  bytes: T (H + 2 Hkv) D (4 + 2)
+// bound by:  bytes: T (H + 2 Hkv) D (2 + 2)
 // order:     no reduction
 // architectures: sm_80 sm_90 sm_120
 // compile:   NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 THREADS=256 | NUM_HEADS=14 NUM_KV_HEADS=2 HEAD_DIM=64 THREADS=256
@@ -28,18 +28,27 @@ constexpr int HEADS = NUM_HEADS + 2 * NUM_KV_HEADS;
 struct Pairs {
     float low[4], high[4];
 
-    __device__ __forceinline__ Pairs(const float* source, const float* bias) {
+    __device__ __forceinline__ Pairs(const float* source) {
+        load(low, source);
+        load(high, source + HALF);
+    }
+    __device__ __forceinline__ Pairs(const f16* source, const float* bias) {
         load(low, source, bias);
         load(high, source + HALF, bias ? bias + HALF : nullptr);
     }
-    static __device__ __forceinline__ void load(float (&x)[4], const float* source,
-                                                const float* bias) {
+    static __device__ __forceinline__ void load(float (&x)[4], const float* source) {
         const float4 v = *(const float4*)source;
+        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    }
+    static __device__ __forceinline__ void load(float (&x)[4], const f16* source,
+                                                const float* bias) {
+        const uint2 v = *(const uint2*)source;
         const float4 b = bias ? *(const float4*)bias : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        x[0] = v.x + b.x, x[1] = v.y + b.y, x[2] = v.z + b.z, x[3] = v.w + b.w;
+        x[0] = low_f32(v.x) + b.x, x[1] = high_f32(v.x) + b.y;
+        x[2] = low_f32(v.y) + b.z, x[3] = high_f32(v.y) + b.w;
     }
     __device__ __forceinline__ void rotate(const float* table) {
-        const Pairs turn(table, nullptr);  // cosines, sines
+        const Pairs turn(table);  // cosines, sines
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float l = low[i], h = high[i];
@@ -62,7 +71,7 @@ __device__ __forceinline__ void move_overflow(float& value, float& key) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    rope_and_cache(const float* __restrict__ qkv, const float* __restrict__ bias,
+    rope_and_cache(const f16* __restrict__ qkv, const float* __restrict__ bias,
                    const float* __restrict__ rope_table, const i32* __restrict__ positions,
                    const i32* __restrict__ slot_mapping, f16* __restrict__ q,
                    f16* __restrict__ keys, f16* __restrict__ values) {
@@ -74,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int head = unit / UNITS;
     const int i = unit % UNITS * 4;
     const int column = head * HEAD_DIM + i;
-    const float* row = qkv + t * HEADS * HEAD_DIM;
+    const f16* row = qkv + t * HEADS * HEAD_DIM;
 
     Pairs rotated(row + column, bias ? bias + column : nullptr);
     rotated.rotate(rope_table + (size_t)positions[t] * HEAD_DIM + i);

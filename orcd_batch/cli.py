@@ -23,9 +23,15 @@ Run a job (Hydra overrides; `python -m orcd_batch` is the same program):
   orcd-batch -m model=smollm2 data=prompts.parquet \\
       sampling.temperature=0,0.7,1.0 'sampling.seed=range(10)'
 
+Whole jobs (docs/nightly.md; their files are in jobs/):
+  orcd-batch --config-dir jobs --config-name nightly_reproducibility model=phi3 data=prompts.parquet
+
 Other verbs:
   orcd-batch verify A B                 compare two outputs, bit for bit
-  orcd-batch report RUN...              tables over finished runs
+  orcd-batch verify RUN DIRECTORY [--update --reason "…"]
+                                        compare with golden results, or replace them
+  orcd-batch report RUN... [-o DIRECTORY] [--no-files]
+                                        tables and an HTML page; a sweep's rows in one file
   orcd-batch inspect FILE.gguf [OTHER.gguf] [--markdown]
                                         what a model file holds, and whether it can run
 Options:
@@ -44,7 +50,12 @@ Options:
   engine=auto|cuda|numpy
   engine.max_num_seqs/max_num_batched_tokens/max_model_len/gpu_memory_utilization/
          kv_cache_bytes/prefix_caching/num_threads/graphs
-  debug=true                            tracebacks
+  scale_out=none|ray                    one job over many GPUs or nodes (docs/scale_out.md)
+  scale_out.address/replicas/gpus_per_replica/cpus_per_replica/retries/start_timeout_s
+  check.directory/history/baseline/junit/report/runs/batch_sizes/chunk_sizes/orders/single_rows/
+        stop_after/kill_after/thread_counts/prefix_caching/graphs/gpus/timeout_s
+                                        with the jobs nightly_reproducibility and acceptance
+  debug=true                            tracebacks; time per op in the log and the manifest
 
 The same command after an interruption continues where it stopped.
 Quote what Hydra's grammar would take apart: 'data="my (1) file.parquet"',
@@ -103,9 +114,12 @@ def _print_document(document: Any, code: int, stdout: TextIO) -> int:
 
 
 def _run(args: list[str]) -> tuple[Any, int]:
-    from orcd_batch.hydra_app import run
+    from orcd_batch.warm_up import gpu_warm_up
 
-    return run(args)
+    with gpu_warm_up(args):
+        from orcd_batch.hydra_app import run
+
+        return run(args)
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -116,31 +130,40 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def _verify(args: Sequence[str]) -> tuple[Any, int]:
     parser = _parser("verify", "Compare two outputs row by row; exit 1 when they differ.")
-    parser.add_argument("a", help="an output file, or a run directory")
-    parser.add_argument("b", help="the other one")
+    parser.add_argument("a", help="an output file, a run directory or a sweep directory")
+    parser.add_argument("b", help="the other one, or a directory of golden results")
+    parser.add_argument("--update", action="store_true", help="make A the golden result in B")
+    parser.add_argument("--reason", help="why a golden result is replaced; kept with it")
     options = parser.parse_args(args)
     from rich.console import Console
 
-    from orcd_batch.reproducibility.verify import as_dict, compare, render
+    from orcd_batch.reproducibility.baseline_verify import verify
 
-    comparison = compare(options.a, options.b)
-    Console(stderr=True).print(render(comparison))
-    return as_dict(comparison), 0 if comparison.equal else 1
+    document, text, code = verify(options.a, options.b, options.update, options.reason)
+    Console(stderr=True).print(text)
+    return document, code
 
 
 def _report(args: Sequence[str]) -> tuple[Any, int]:
-    parser = _parser("report", "Tables over finished runs.")
+    parser = _parser("report", "Tables and a page over finished runs; a sweep's rows in one file.")
     parser.add_argument(
         "runs", nargs="+", help="output files, run directories or sweep directories"
     )
+    parser.add_argument("-o", "--output", help="directory of the page; default: beside the run")
+    parser.add_argument("--no-files", action="store_true", help="tables only: write nothing")
     options = parser.parse_args(args)
     from rich.console import Console
 
     from orcd_batch.reproducibility.report import as_dict, render, report
+    from orcd_batch.reproducibility.report_html import write_report
 
     result = report(options.runs)
     Console(stderr=True).print(render(result))
-    return as_dict(result), 0
+    files = {} if options.no_files else write_report(result, options.runs, options.output)
+    for name in ("combined", "page"):
+        if name in files:
+            print(f"{name}: {files[name]}", file=sys.stderr)
+    return {**files, **as_dict(result)}, 0
 
 
 def _inspect(args: Sequence[str]) -> tuple[Any, int]:

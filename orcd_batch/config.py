@@ -8,7 +8,7 @@ composed config into plain values once, and nothing below the edge sees a DictCo
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -16,6 +16,7 @@ from orcd_batch.errors import ConfigError
 
 ENGINE_KINDS = ("auto", "cuda", "numpy")
 ON_ERROR = ("record", "raise")
+SCALE_OUT_KINDS = ("none", "ray")
 
 
 @dataclass(slots=True)
@@ -95,17 +96,72 @@ class EngineOptions:
 
 
 @dataclass(slots=True)
+class ScaleOutOptions:
+    """One job over many workers, without any effect on its results; see docs/scale_out.md.
+
+    kind: `ray` deals the rows to workers, each a process with its own engine. address: of a running
+    Ray cluster; null starts Ray here, for this job. replicas: how many workers; null is one per
+    GPU, or on the numpy engine one per cpus_per_replica. gpus_per_replica: null is 1 with the CUDA
+    engine. cpus_per_replica: null is 1, or engine.num_threads on the numpy engine. retries: how
+    often in a row a worker is started again that has not finished a row. start_timeout_s: a worker
+    that needs longer to get ready is started again.
+    """
+
+    kind: str = "none"
+    address: str | None = None
+    replicas: int | None = None
+    gpus_per_replica: float | None = None
+    cpus_per_replica: float | None = None
+    retries: int = 5
+    start_timeout_s: float = 600.0
+
+
+@dataclass(slots=True)
+class CheckOptions:
+    """A check: the job run many times in different ways, all compared; see docs/nightly.md.
+
+    directory: where the check's own things lie. history: a Parquet file that gets one row a check.
+    baseline: a directory of golden results; made by the first check that passes. null: without.
+    junit: the report for CI systems; null puts it beside the results. report: an HTML page.
+    runs: how often the job is run as configured. orders: how many shuffled orders of the rows.
+    single_rows: how many rows are run alone. stop_after, kill_after: rows after which a run gets
+    SIGTERM or SIGKILL and is then continued. prefix_caching, graphs: also without. gpus: also on
+    every other GPU of the same kind. timeout_s: a run that takes longer has failed.
+    """
+
+    directory: str = "outputs/check"
+    history: str | None = None
+    baseline: str | None = None
+    junit: str | None = None
+    report: bool = True
+    runs: int = 2
+    batch_sizes: list[int] = field(default_factory=list)
+    chunk_sizes: list[int] = field(default_factory=list)
+    orders: int = 0
+    single_rows: int = 0
+    stop_after: list[int] = field(default_factory=list)
+    kill_after: list[int] = field(default_factory=list)
+    thread_counts: list[int] = field(default_factory=list)
+    prefix_caching: bool = False
+    graphs: bool = False
+    gpus: bool = False
+    timeout_s: float | None = None
+
+
+@dataclass(slots=True)
 class JobOptions:
-    """One whole job, as composed by Hydra."""
+    """One whole job, as composed by Hydra. check: the job is not run once but checked."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
+    scale_out: ScaleOutOptions = field(default_factory=ScaleOutOptions)
     data: Any = MISSING
     output: str | None = None
     overwrite: bool = False
     debug: bool = False
+    check: CheckOptions | None = None
 
 
 def option_names(schema: type = JobOptions, prefix: str = "") -> Iterator[str]:
@@ -113,8 +169,9 @@ def option_names(schema: type = JobOptions, prefix: str = "") -> Iterator[str]:
     for f in fields(schema):
         name = prefix + f.name
         yield name
-        if isinstance(f.type, type) and is_dataclass(f.type):
-            yield from option_names(f.type, name + ".")
+        for kind in (f.type, *get_args(f.type)):
+            if isinstance(kind, type) and is_dataclass(kind):
+                yield from option_names(kind, name + ".")
 
 
 def nearest_option(name: str) -> str | None:
@@ -152,6 +209,9 @@ def resolve(cfg: DictConfig) -> JobOptions:
     options.data = _paths(options.data)
     _check_dataset(options.dataset)
     check_engine(options.engine)
+    _check_scale_out(options.scale_out)
+    if options.check is not None:
+        _check_check(options.check)
     window = options.model.sliding_window
     _require(window is None or window >= 0, "model.sliding_window", window, "0 (off) or more")
     return options
@@ -189,6 +249,28 @@ def _check_dataset(d: DatasetOptions) -> None:
     allowed = [f.name for f in fields(SamplingOptions) if f.name != "ignore_eos"]
     for name in d.sampling_columns:
         _require(name in allowed, "dataset.sampling_columns", name, "among " + ", ".join(allowed))
+
+
+def _check_scale_out(s: ScaleOutOptions) -> None:
+    _require(s.kind in SCALE_OUT_KINDS, "scale_out.kind", s.kind, " or ".join(SCALE_OUT_KINDS))
+    _require(s.replicas is None or s.replicas >= 1, "scale_out.replicas", s.replicas, "at least 1")
+    for name in ("gpus_per_replica", "cpus_per_replica"):
+        value = getattr(s, name)
+        _require(value is None or value >= 0, f"scale_out.{name}", value, "0 or more, or null")
+    _require(s.gpus_per_replica != 0 or s.cpus_per_replica != 0, "scale_out.cpus_per_replica", 0,
+             "above 0 for a worker without a GPU")  # fmt: skip
+    _require(s.retries >= 0, "scale_out.retries", s.retries, "0 or more")
+    _require(s.start_timeout_s > 0, "scale_out.start_timeout_s", s.start_timeout_s, "above 0")
+
+
+def _check_check(c: CheckOptions) -> None:
+    _require(c.runs >= 1, "check.runs", c.runs, "at least 1")
+    for name in ("orders", "single_rows"):
+        _require(getattr(c, name) >= 0, f"check.{name}", getattr(c, name), "0 or more")
+    for name in ("batch_sizes", "chunk_sizes", "stop_after", "kill_after", "thread_counts"):
+        values = getattr(c, name)
+        _require(min(values, default=1) >= 1, f"check.{name}", values, "numbers from 1 up")
+    _require(c.timeout_s is None or c.timeout_s > 0, "check.timeout_s", c.timeout_s, "above 0")
 
 
 def check_engine(e: EngineOptions) -> None:

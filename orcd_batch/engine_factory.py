@@ -1,23 +1,31 @@
 """From a model file and engine options to a running engine: the place that picks a backend."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
+from orcd_batch.backend.op_times import as_lines
 from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.checkpoint import GGUFFile, ModelConfig, weight_map
 from orcd_batch.config import EngineOptions
 from orcd_batch.engine.engine import Engine, check_limits
-from orcd_batch.errors import ConfigError, DeviceError
+from orcd_batch.errors import ConfigError, DeviceError, OrcdError
 from orcd_batch.memory import available_memory_bytes
 from orcd_batch.model import Progress, load_weights, weight_bytes
 from orcd_batch.reproducibility.environment import cpu_name
 
+log = logging.getLogger(__name__)
+
 EngineKind = Literal["numpy", "cuda"]
 
 # Tokens of one step where the options leave it open: sequences, and room for prompts beside them.
-_NUMPY_SEQS, _NUMPY_TOKENS = 16, 512
-_CUDA_SEQS, _CUDA_TOKENS = 256, 8192
+_NUMPY_SEQS, _NUMPY_TOKENS = 64, 512
+_CUDA_SEQS, _CUDA_TOKENS = 2048, 8192
+# Attention's work space grows with sequences times context: fewer by default where it is long.
+_CUDA_SEQS_TIMES_CONTEXT = 1 << 26
+# Cache blocks: what running sequences can hold at most, and as much for prompts kept for others.
+_CACHE_SHARES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,12 @@ class BuiltEngine:
             "backend": self.ops.manifest(),
         }
 
+    def _log_op_times(self) -> None:
+        """Under debug, the time of every op goes to the log."""
+        table = self.ops.op_times()
+        if table:
+            log.info("time per op:\n%s", "\n".join(as_lines(table)))
+
     def memory(self) -> dict[str, int]:
         """Bytes by use, and the cache blocks that free memory allowed."""
         return {
@@ -96,8 +110,12 @@ class BuiltEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._log_op_times()
+            self.close()
+        else:
+            _close_after(error, self.close)
 
 
 def choose_engine(kind: str) -> EngineChoice:
@@ -127,11 +145,14 @@ def build_engine(
     options: EngineOptions,
     choice: EngineChoice,
     progress: Progress | None = None,
+    *,
+    debug: bool = False,
 ) -> BuiltEngine:
     """Loads the model's weights and makes the engine ready to take requests.
 
-    progress: called with each part loaded. Raises ConfigError for options that contradict the
-    model, CheckpointError for weights that cannot be used, DeviceError when memory is short.
+    progress: called with each part loaded. debug: every op is timed. Raises ConfigError for
+    options that contradict the model, CheckpointError for weights that cannot be used, DeviceError
+    when memory is short.
     """
     config = source.config
     max_model_len = options.max_model_len or config.context_length
@@ -141,7 +162,7 @@ def build_engine(
             f"{config.context_length} tokens; lower it or leave it out."
         )
     build = _build_cuda if choice.kind == "cuda" else _build_numpy
-    return build(source, options, choice, max_model_len, progress)
+    return build(source, options, choice, max_model_len, progress, debug)
 
 
 def _build_numpy(
@@ -150,6 +171,7 @@ def _build_numpy(
     choice: EngineChoice,
     max_model_len: int,
     progress: Progress | None,
+    debug: bool,
 ) -> BuiltEngine:
     from orcd_batch.backend.numpy_ops import NumpyOps
 
@@ -172,7 +194,7 @@ def _build_numpy(
             prefix_caching=options.prefix_caching,
         )
 
-    ops = NumpyOps(options.num_threads)
+    ops = NumpyOps(options.num_threads, time_ops=debug)
     engine = _closing_on_failure(ops, fill)
     return BuiltEngine(engine, config, ops, choice, num_weight_bytes, num_blocks * block_bytes)
 
@@ -183,16 +205,18 @@ def _build_cuda(
     choice: EngineChoice,
     max_model_len: int,
     progress: Progress | None,
+    debug: bool,
 ) -> BuiltEngine:
     from orcd_batch.backend.cuda.ops import CudaOps
     from orcd_batch.backend.cuda.plan import ModelShape
 
     config, sources = source.config, weight_map(source.gguf, source.config)
-    max_num_seqs, max_num_batched_tokens = _limits(options, _CUDA_SEQS, _CUDA_TOKENS)
+    num_seqs = max(min(_CUDA_SEQS, _CUDA_SEQS_TIMES_CONTEXT // max_model_len), 1)
+    max_num_seqs, max_num_batched_tokens = _limits(options, num_seqs, _CUDA_TOKENS)
     sizes = {name: getattr(config, name) for name in ModelShape.__slots__[:-1]}
     shape = ModelShape(**sizes, max_model_len=max_model_len)
     num_weight_bytes = weight_bytes(sources, config, 2)
-    max_num_blocks = max_num_seqs * _blocks(max_model_len)
+    max_num_blocks = _CACHE_SHARES * max_num_seqs * _blocks(max_model_len)
     if options.kv_cache_bytes is not None:
         _check_cache(options.kv_cache_bytes, shape.kv_block_bytes, max_model_len)
         max_num_blocks = min(max_num_blocks, options.kv_cache_bytes // shape.kv_block_bytes)
@@ -221,7 +245,7 @@ def _build_cuda(
         ops.prepare(shape, max_num_batched_tokens, max_num_seqs)
         return engine
 
-    ops = CudaOps(graphs=options.graphs)
+    ops = CudaOps(graphs=options.graphs, time_ops=debug)
     engine = _closing_on_failure(ops, fill)
     num_cache_bytes = engine.block_manager.num_blocks * shape.kv_block_bytes
     return BuiltEngine(engine, config, ops, choice, num_weight_bytes, num_cache_bytes)
@@ -230,9 +254,17 @@ def _build_cuda(
 def _closing_on_failure(ops: Any, fill: Callable[[Any], Engine]) -> Engine:
     try:
         return fill(ops)
-    except BaseException:
-        ops.close()
+    except BaseException as error:
+        _close_after(error, ops.close)
         raise
+
+
+def _close_after(error: BaseException, close: Callable[[], None]) -> None:
+    """Closes without hiding the error that came first: after a GPU's fault closing fails too."""
+    try:
+        close()
+    except OrcdError as later:
+        log.debug("closing after %r failed as well: %s", error, later)
 
 
 def _limits(options: EngineOptions, num_seqs: int, num_tokens: int) -> tuple[int, int]:
@@ -271,7 +303,8 @@ def _numpy_blocks(
     if wanted is None:
         wanted = max(min(available // 4, available - num_weight_bytes), one_context)
     _check_cache(wanted, block_bytes, max_model_len)
-    num_blocks = min(wanted // block_bytes, max_num_seqs * _blocks(max_model_len))
+    max_num_blocks = _CACHE_SHARES * max_num_seqs * _blocks(max_model_len)
+    num_blocks = min(wanted // block_bytes, max_num_blocks)
     needed = num_weight_bytes + num_blocks * block_bytes
     if needed > available:
         raise DeviceError(

@@ -44,6 +44,10 @@ class DeviceError(OrcdError):
     """No usable device, or not enough memory on it."""
 
 
+class ScaleOutError(OrcdError):
+    """Workers that cannot be started, differ from each other, or are all gone."""
+
+
 class ClosedError(OrcdError):
     """A model that was used after `close()`."""
 

@@ -1,52 +1,60 @@
 """The loop of a run: rows into the runner, finished rows into the stores of their jobs."""
 
+import logging
 from collections.abc import Iterator, Sequence
 
 from orcd_batch.data import InputDataset, InputRow
-from orcd_batch.engine.engine import Engine
-from orcd_batch.errors import OrcdError, OutputError, RowError
+from orcd_batch.errors import Interrupted, OrcdError, OutputError, RowError
 from orcd_batch.interrupts import Interrupts
+from orcd_batch.job_logs import lines_about
 from orcd_batch.job_run import JobRun
+from orcd_batch.loaded_engine import Runner
 from orcd_batch.model_source import ModelSource
-from orcd_batch.prompts import RequestBuilder
-from orcd_batch.row_runner import JobRow, RowRunner
+from orcd_batch.phases import Phases
+from orcd_batch.row_runner import FinishedRows
 from orcd_batch.view import JobView
+
+log = logging.getLogger(__name__)
 
 
 class Generation:
-    """The loop between the input, the engine and the stores of jobs that share all but sampling."""
+    """The loop between the input, the runner and the stores of jobs that share all but sampling."""
 
     def __init__(
         self,
         jobs: Sequence[JobRun],
         dataset: InputDataset,
         source: ModelSource,
-        engine: Engine,
+        runner: Runner,
         view: JobView,
+        phases: Phases,
     ) -> None:
-        wrap_prompts = jobs[0].options.model.chat
-        builder = RequestBuilder(source.tokenizer, source.template, wrap_prompts)
-        sampling = [job.options.sampling for job in jobs]
-        self._runner = RowRunner(engine, source.tokenizer, builder, sampling)
-        self._engine, self._jobs = engine, jobs
+        self._runner, self._jobs = runner, jobs
         self._dataset, self._source, self._view = dataset, source, view
+        self._phases = phases
 
     def run(self, interrupts: Interrupts) -> None:
         """Runs every row that a job's store does not have yet.
 
-        A job that cannot go on, an error row under on_error=raise or an output that cannot be
-        written, gets its `error` and leaves the loop. Raises Interrupted after committing what is
-        finished.
+        A job that cannot go on, because of an error row under on_error=raise or an output that
+        cannot be written, gets its `error` and leaves the loop; an interrupt is the error of all.
+        What is finished is committed in every case.
         """
         rows = self._dataset.rows(skip=self._is_done)
         self._view.start_rows(self._num_done_rows, self._dataset.num_rows * len(self._jobs))
         try:
             while self._goes_on(rows):
                 interrupts.stop_if_requested()
-                for row in self._runner.step():
-                    self._keep(row)
-                self._view.rows(self._num_done_rows, self._engine.sampled_tokens)
+                for finished in self._runner.step():
+                    self._keep(finished)
+                if self._runner.num_sampled_tokens:
+                    self._phases.end("first token")
+                self._view.note = self._runner.note
+                self._view.rows(self._num_done_rows, self._runner.num_sampled_tokens)
                 self._commit(force=False)
+        except Interrupted as error:
+            for job in self._jobs:
+                job.error = job.error or error
         finally:
             self._commit(force=True)
 
@@ -76,12 +84,12 @@ class Generation:
         return self._admit(rows) or self._runner.has_unfinished
 
     def _admit(self, rows: Iterator[InputRow]) -> bool:
-        """Keeps the engine's queue one batch ahead; False once nothing is left to queue.
+        """Keeps the runner's queue one batch ahead; False once nothing is left to queue.
 
         At most one batch of rows is read at a time, so that a stretch of rows that cannot be run
         is committed like any other.
         """
-        for _ in range(self._engine.max_num_seqs):
+        for _ in range(self._runner.max_num_seqs):
             if not self._runner.has_room:
                 return True
             row = next(rows, None)
@@ -90,15 +98,18 @@ class Generation:
             self._runner.submit(row, self._wanting(row.index))
         return True
 
-    def _keep(self, row: JobRow) -> None:
-        job = self._jobs[row.job]
+    def _keep(self, finished: FinishedRows) -> None:
+        job, refused = self._jobs[finished.job], finished.refused
         if job.error is not None:
             return
-        if row.error is not None and job.options.dataset.on_error == "raise":
-            self._give_up(row.job, _refusal(row))
+        if refused is not None:
+            with lines_about(job.directory):
+                log.warning("row %d (id %r): %s", *refused)
+        if refused is not None and job.options.dataset.on_error == "raise":
+            self._give_up(finished.job, _refusal(*refused))
             return
-        job.store.add(row.results)
-        job.num_rows += len(row.results)
+        finished.keep_in(job.store)
+        job.num_rows += finished.num_results
 
     def _give_up(self, index: int, error: OrcdError) -> None:
         self._jobs[index].error = error
@@ -115,8 +126,8 @@ class Generation:
                 self._give_up(index, error)
 
 
-def _refusal(row: JobRow) -> RowError:
+def _refusal(index: int, row_id: int | str, reason: str) -> RowError:
     return RowError(
-        f"Row {row.row.index} (id {row.row.id!r}) cannot be run: {row.error} Finished rows are "
-        "kept; dataset.on_error=record goes on and writes an error row instead."
+        f"Row {index} (id {row_id!r}) cannot be run: {reason} Finished rows are kept; "
+        "dataset.on_error=record goes on and writes an error row instead."
     )

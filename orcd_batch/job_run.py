@@ -16,20 +16,27 @@ from orcd_batch.prompts import sampling_params
 class JobRun:
     """A job whose output is open; a context manager that closes it.
 
-    output: where the rows go, as the user would type it. num_rows: output rows computed by this
-    run. error: what ended the job; the other jobs of its group go on.
+    output: where the rows go, as the user would type it. directory: the run directory.
+    num_rows: output rows computed by this run. error: what ended the job; the other jobs of its
+    group go on.
     """
 
     options: JobOptions
     output: str
     identity: dict[str, Any]
     store: PartStore
+    directory: Path
     num_rows: int = 0
     error: OrcdError | None = None
 
     @classmethod
     def open(
-        cls, options: JobOptions, output: str, identity: dict[str, Any], dataset: InputDataset
+        cls,
+        options: JobOptions,
+        output: str,
+        identity: dict[str, Any],
+        dataset: InputDataset,
+        directory: Path,
     ) -> Self:
         """Finds what is already there for the job.
 
@@ -38,7 +45,8 @@ class JobRun:
         """
         sampling_params(options.sampling, {})
         dataset.check_output(output)
-        run = cls(options, output, identity, PartStore.open(output, identity, options.overwrite))
+        store = PartStore.open(output, identity, options.overwrite)
+        run = cls(options, output, identity, store, directory)
         if run.is_complete:
             run.check_errors(run.totals["num_errors"])
         return run

@@ -73,9 +73,14 @@ class ModelSource:
     def check_input(self, kind: str, column: str) -> None:
         """Raises ConfigError when the input needs a chat template and the file has none.
 
-        kind: what the column holds: "prompt", "messages" or "token_ids".
+        Where it has one, its process starts. kind: what the column holds: "prompt", "messages" or
+        "token_ids".
         """
-        if self.template is not None or kind == "token_ids":
+        if kind == "token_ids":
+            return
+        if self.template is not None:
+            if kind == "messages" or self.options.chat:
+                self.template.start()
             return
         if kind == "messages":
             raise ConfigError(

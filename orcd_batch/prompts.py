@@ -40,6 +40,12 @@ def sampling_params(options: SamplingOptions, overrides: Mapping[str, Any]) -> S
         raise RowError(str(error)) from error
 
 
+def num_samples(row: InputRow, options: SamplingOptions) -> int:
+    """How many output rows the row gets, even when it cannot be run."""
+    n = row.overrides.get("n", options.n)
+    return n if isinstance(n, int) and 1 <= n <= MAX_SAMPLES else options.n
+
+
 class RequestBuilder:
     """Turns input rows into engine requests with one tokenizer and one chat template."""
 
@@ -50,11 +56,6 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._template = template
         self._wrap_prompts = wrap_prompts
-
-    def num_samples(self, row: InputRow, options: SamplingOptions) -> int:
-        """How many output rows the row gets, even when it cannot be run."""
-        n = row.overrides.get("n", options.n)
-        return n if isinstance(n, int) and 1 <= n <= MAX_SAMPLES else options.n
 
     def prompt(self, row: InputRow) -> tuple[int, ...]:
         """The row's prompt as token ids. Raises RowError with the reason it cannot be run."""

@@ -1,11 +1,14 @@
 """What a result depends on: the job's identity, and the manifest written with the output."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from orcd_batch.config import JobOptions
 from orcd_batch.data import PartStore
-from orcd_batch.engine_factory import BuiltEngine, EngineChoice
+from orcd_batch.engine_factory import EngineChoice
+from orcd_batch.loaded_engine import Machinery
 from orcd_batch.model_source import ModelSource, described
 from orcd_batch.reproducibility.environment import code_hash
 from orcd_batch.reproducibility.hashes import RunHash
@@ -73,23 +76,57 @@ def run_totals(store: PartStore) -> RunTotals:
     return RunTotals(len(run_hash), num_errors, num_tokens, run_hash.hexdigest())
 
 
+def run_statistics(
+    seconds: Mapping[str, float],
+    num_tokens: int,
+    num_tokens_of_all: Sequence[int],
+    machinery: Machinery,
+) -> dict[str, Any]:
+    """Times and counts of one job's run, none of which counts twice when jobs are added up.
+
+    seconds: start_s and generate_s of all jobs that ran side by side, num_tokens_of_all: their
+    tokens, num_tokens: this job's. What they shared lies under `group`; a job that ran alone has it
+    beside its own figures. tokens_sampled is less than tokens_computed where samples were one.
+    """
+    generate_s, num_others = seconds["generate_s"], len(num_tokens_of_all) - 1
+    own = {
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "shared_with": num_others,
+        "tokens_computed": num_tokens,
+        "tokens_per_s": round(num_tokens / generate_s, 2),
+    }
+    shared = {
+        **{name: round(value, 3) for name, value in seconds.items()},
+        "tokens_sampled": machinery.runner.num_sampled_tokens,
+        **machinery.statistics(),
+        **machinery.memory(),
+    }
+    if not num_others:
+        return own | shared
+    total = sum(num_tokens_of_all)
+    rates = {"tokens_computed": total, "tokens_per_s": round(total / generate_s, 2)}
+    return own | {"group": {"jobs": num_others + 1, **rates, **shared}}
+
+
 def manifest(
     options: JobOptions,
     identity: dict[str, Any],
     source: ModelSource,
-    built: BuiltEngine,
+    machinery: Machinery,
     totals: RunTotals,
     statistics: dict[str, Any],
     environment: dict[str, Any],
 ) -> dict[str, Any]:
     """The document written with the results (SPEC section 6); plain JSON values only."""
+    workers = machinery.workers()
     return {
         "identity": identity,
         "environment": environment,
         "config": asdict(options),
         "model": {"path": str(source.gguf.path), **described(source.config)},
-        "engine": built.describe(),
-        "num_devices": 1,
+        "engine": machinery.describe(),
+        "num_devices": len(workers) or 1,
+        "workers": workers,
         "totals": asdict(totals),
         "statistics": statistics,
         "run_hash": totals.run_hash,

@@ -1,20 +1,36 @@
 """Rows in, finished rows out: the samples of one job, or of several jobs, over one engine."""
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from orcd_batch.config import SamplingOptions
-from orcd_batch.data import InputRow, SampleResult
+from orcd_batch.data import InputRow, PartStore, SampleResult
 from orcd_batch.engine.engine import Engine
 from orcd_batch.engine.request import Completion, Request
 from orcd_batch.errors import RowError
-from orcd_batch.prompts import RequestBuilder
+from orcd_batch.prompts import RequestBuilder, num_samples
 from orcd_batch.reproducibility.hashes import numerics_hash, token_hash
 from orcd_batch.text import Tokenizer, cut_at_stop
 
-log = logging.getLogger(__name__)
+# Of a sample: (job, row index, sample index).
+SampleKey = tuple[int, int, int]
+
+
+class FinishedRows(Protocol):
+    """Rows of one job that are done."""
+
+    @property
+    def job(self) -> int: ...
+    @property
+    def num_results(self) -> int: ...
+    @property
+    def refused(self) -> tuple[int, int | str, str] | None:
+        """(index, id, reason) of the first row that could not be run."""
+        ...
+
+    def keep_in(self, store: PartStore) -> None: ...
 
 
 @dataclass(slots=True)
@@ -35,16 +51,27 @@ class JobRow:
         return len(self.results) == self.num_samples
 
     @property
-    def error(self) -> str | None:
-        """Why the row, or one of its samples, could not be run."""
-        return next((result.error for result in self.results if result.error is not None), None)
+    def num_results(self) -> int:
+        return len(self.results)
+
+    @property
+    def refused(self) -> tuple[int, int | str, str] | None:
+        """The row's index and id, and why it, or one of its samples, could not be run."""
+        error = next((result.error for result in self.results if result.error is not None), None)
+        return None if error is None else (self.row.index, self.row.id, error)
+
+    def keep_in(self, store: PartStore) -> None:
+        store.add(self.results)
 
 
 class RowRunner:
     """One engine at work on the rows of jobs that differ in nothing but sampling.
 
     Rows are given with `submit` while there is room; `step` returns those that became done, their
-    samples in order. A row that cannot be run comes back with error results.
+    samples in order. A row that cannot be run comes back with error results. Samples of a row whose
+    parameters decide on the same completion, as greedy ones of every seed do, are one request.
+
+    num_tokens: completion tokens of each job's finished samples.
     """
 
     def __init__(
@@ -62,6 +89,17 @@ class RowRunner:
         self._queued: deque[Request] = deque()
         self._done: list[JobRow] = []
         self.num_tokens = [0] * len(sampling)
+        self.note = ""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Rows worth giving between two steps."""
+        return self._engine.max_num_seqs
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Of all jobs, those of unfinished rows included."""
+        return self._engine.sampled_tokens
 
     @property
     def has_room(self) -> bool:
@@ -81,8 +119,10 @@ class RowRunner:
             for job in jobs:
                 self._fail(self._started(row, job), str(error))
             return
+        distinct: dict[tuple[object, ...], Request] = {}
         for job in jobs:
-            self._submit_to(job, row, prompt)
+            self._submit_to(job, row, prompt, distinct)
+        self._queued.extend(distinct.values())
         self._feed()
 
     def step(self) -> list[JobRow]:
@@ -97,9 +137,19 @@ class RowRunner:
     def drop(self, job: int) -> None:
         """Forgets a job: what is queued of it is not run, what is running is not returned."""
         self._dropped.add(job)
-        self._queued = deque(r for r in self._queued if _key(r.key)[0] != job)
+        for request in self._queued:
+            samples = _samples(request.key)
+            samples[:] = [key for key in samples if key[0] != job]
+        self._queued = deque(request for request in self._queued if request.key)
 
-    def _submit_to(self, job: int, row: InputRow, prompt: tuple[int, ...]) -> None:
+    def _submit_to(
+        self,
+        job: int,
+        row: InputRow,
+        prompt: tuple[int, ...],
+        distinct: dict[tuple[object, ...], Request],
+    ) -> None:
+        """distinct: the row's requests so far, by what decides on their completions."""
         started = self._started(row, job)
         try:
             requests = self._builder.requests(row, prompt, self._sampling[job], job)
@@ -108,10 +158,12 @@ class RowRunner:
             return
         started.stop = requests[0].params.stop
         self._pending[job, row.index] = started
-        self._queued.extend(requests)
+        for sample, request in enumerate(requests):
+            first = distinct.setdefault(_deciding(request), replace(request, key=[]))
+            _samples(first.key).append((job, row.index, sample))
 
     def _started(self, row: InputRow, job: int) -> JobRow:
-        return JobRow(job, row, self._builder.num_samples(row, self._sampling[job]))
+        return JobRow(job, row, num_samples(row, self._sampling[job]))
 
     def _fail(self, started: JobRow, reason: str) -> None:
         for sample in range(started.num_samples):
@@ -123,7 +175,10 @@ class RowRunner:
             self._engine.add(self._queued.popleft())
 
     def _take(self, completion: Completion) -> None:
-        job, index, sample = _key(completion.key)
+        for key in _samples(completion.key):
+            self._take_sample(*key, completion)
+
+    def _take_sample(self, job: int, index: int, sample: int, completion: Completion) -> None:
         started = self._pending[job, index]
         if completion.error is not None:
             started.results.append(_failed(started.row, sample, completion.error))
@@ -161,13 +216,23 @@ class RowRunner:
         return cut_at_stop(self._tokenizer.decode(ids, after=completion.prompt_token_ids[-1]), stop)
 
 
-def _key(key: object) -> tuple[int, int, int]:
-    """(job, row index, sample index), as RequestBuilder names its requests."""
-    assert isinstance(key, tuple), f"not a key of ours: {key!r}"
-    job, index, sample = key
-    return job, index, sample
+def _samples(key: object) -> list[SampleKey]:
+    """The samples that a request of ours is for, which it has as its key."""
+    assert isinstance(key, list), f"not a key of ours: {key!r}"
+    return key
+
+
+def _deciding(request: Request) -> tuple[object, ...]:
+    """What decides on a completion, next to the prompt: equal values, equal bits.
+
+    A greedy one depends on no random number and on no filter.
+    """
+    p = request.params
+    common = (p.repetition_penalty, p.max_tokens, p.stop, p.ignore_eos)
+    if p.temperature == 0:
+        return common
+    return (*common, p.temperature, p.top_k, p.top_p, p.min_p, p.seed, request.stream)
 
 
 def _failed(row: InputRow, sample: int, reason: str) -> SampleResult:
-    log.warning("row %d (id %r): %s", row.index, row.id, reason)
     return SampleResult.failed(row.index, sample, row.id, reason, "input")

@@ -1,6 +1,7 @@
 """Kills real runs with SIGKILL at random moments and checks that rerunning loses nothing.
 
-`python tests/crash_trials.py --trials 20` prints one line per trial and exits 1 on a failure.
+`python tests/crash_trials.py --trials 20` prints one line per trial and exits 1 on a failure;
+with `--sweep` the runs are sweeps of four jobs over one loaded model.
 """
 
 import argparse
@@ -123,17 +124,99 @@ def trial(bench: Bench, number: int, rng: random.Random) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SweepBench:
+    """A small model, an input, and the run hashes of an undisturbed sweep's jobs.
+
+    seconds: how long that sweep took, from its start to its end.
+    """
+
+    folder: Path
+    run_hashes: list[str]
+    seconds: float = 0.0
+
+    @classmethod
+    def make(cls, folder: Path, num_rows: int) -> "SweepBench":
+        write_model(folder / "tiny.gguf", num_layers=1, hidden_size=64, num_heads=2,
+                    num_kv_heads=1, intermediate_size=64)  # fmt: skip
+        prompts = [f"Row {i}: {'word ' * (i % 40)}" for i in range(num_rows)]
+        pq.write_table(pa.table({"prompt": prompts}), folder / "in.parquet", row_group_size=100)
+        bench, started = cls(folder, []), time.monotonic()
+        documents = bench.finish(bench.start("whole"))
+        return cls(folder, [job["run_hash"] for job in documents], time.monotonic() - started)
+
+    def start(self, directory: str) -> "subprocess.Popen[str]":
+        command = [
+            sys.executable, "-c",
+            # Parts of a few rows each, so that a short sweep has many moments to be killed at.
+            "import sys; from orcd_batch.data import part_store; part_store.COMMIT_ROWS = 20; "
+            "from orcd_batch.cli import main; sys.exit(main(sys.argv[1:]))",
+            "-m", "model=smollm2", "model.path=tiny.gguf", "model.chat=false", "data=in.parquet",
+            "engine=numpy", "engine.num_threads=1", "sampling.max_tokens=4",
+            "sampling.temperature=0,0.8", "sampling.seed=1,2", f"hydra.sweep.dir={directory}",
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+
+    @staticmethod
+    def finish(process: "subprocess.Popen[str]") -> list[dict[str, Any]]:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, f"exit code {process.returncode}: {err[-2000:]}"
+        documents: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
+        return documents
+
+
+def sweep_trial(bench: SweepBench, number: int, rng: random.Random) -> str:
+    """One sweep killed up to three times at random moments. Returns a line about it."""
+    directory, num_kills = f"trial-{number}", 0
+    for _ in range(rng.randint(1, 3)):
+        process = bench.start(directory)
+        try:
+            process.wait(rng.uniform(0.3, 0.95) * bench.seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            num_kills += 1
+    else:
+        process = bench.start(directory)
+    documents = bench.finish(process)
+    assert [job["run_hash"] for job in documents] == bench.run_hashes, documents
+    for job in documents:
+        whole = bench.folder / "whole" / Path(job["output"]).parent.name / "completions.parquet"
+        assert pq.read_table(bench.folder / job["output"]).equals(pq.read_table(whole))
+    assert not list((bench.folder / directory).glob("*/*.parts")), "parts outlive their output"
+    resumed = sum(job["rows_resumed"] for job in documents)
+    computed = sum(job["rows_computed"] for job in documents)
+    return (
+        f"trial {number}: killed {num_kills} times; then {resumed} rows of four jobs resumed, "
+        f"{computed} computed, the same hashes"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--sweep", action="store_true", help="kill sweeps instead of single runs")
+    parser.add_argument("--rows", type=int, help="of the input: 6000, or 400 for a sweep")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench.make(Path(folder), options.rows)
-        for number in range(options.trials):
-            print(trial(bench, number, rng), flush=True)
+        if options.sweep:
+            sweep_bench = SweepBench.make(Path(folder), options.rows or 400)
+            for number in range(options.trials):
+                print(sweep_trial(sweep_bench, number, rng), flush=True)
+        else:
+            bench = Bench.make(Path(folder), options.rows or 6000)
+            for number in range(options.trials):
+                print(trial(bench, number, rng), flush=True)
     print(f"{options.trials} trials: nothing lost, nothing double, the same run hash every time")
 
 

@@ -59,7 +59,8 @@ def run_trivial_job(
     for row in shuffled(dataset.rows(skip=store.is_done), window):
         samples = range(row.overrides.get("n", 1))
         store.add([trivial_result(row, sample, num_tokens) for sample in samples])
-        store.commit_if_due()
+        if store.commit_due:
+            store.commit()
     run_hash = RunHash()
     for record in store.records():
         run_hash.add(

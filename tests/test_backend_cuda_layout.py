@@ -1,5 +1,6 @@
 """How kernels are laid out on a card, decided without one: shared memory, grids, work buffers."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -9,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orcd_batch.backend.cuda.array import DeviceArray
-from orcd_batch.backend.cuda.attention import decode_shape, merge_shape, prefill_shape
+from orcd_batch.backend.cuda.attention import (
+    AttentionShape,
+    decode_shape,
+    merge_shape,
+    prefill_shape,
+    wgmma_prefill_shape,
+)
 from orcd_batch.backend.cuda.kernels import ForwardKernels
 from orcd_batch.backend.cuda.plan import ModelShape
 from orcd_batch.backend.cuda.sampling import Sampling
@@ -37,7 +44,8 @@ def test_attention_fits_every_cards_shared_memory(
 ) -> None:
     for shape in (decode_shape(card(shared_memory), *heads, 512), prefill_shape(*heads)):
         assert 0 < shape.shared_bytes <= shared_memory
-        assert 1 <= shape.num_warps <= 4
+        assert 1 <= shape.num_warps <= 12
+        assert shape.num_warps * (100 + heads[2]) <= 2048, "registers"
     assert merge_shape(*heads).shared_bytes == 0
 
 
@@ -63,15 +71,26 @@ def test_heads_the_kernel_does_not_have_are_refused(
         prefill_shape(*heads)
 
 
+@pytest.mark.parametrize("head_dim", range(16, 129, 16))
+def test_the_prefill_with_wgmma_fits_hoppers_shared_memory(head_dim: int) -> None:
+    shape = wgmma_prefill_shape(2, 2, head_dim)
+    assert shape.shared_bytes <= 227 << 10
+    assert shape.arch == "sm_90a"
+    assert shape.threads == (shape.num_warps + 4) * 32
+
+
 @given(
     st.lists(st.integers(1, 700), min_size=1, max_size=20),
     st.sampled_from(HEADS),
+    st.sampled_from([prefill_shape, wgmma_prefill_shape]),
 )
 def test_prefill_has_a_block_for_every_row_of_every_sequence(
-    lengths: list[int], heads: tuple[int, int, int]
+    lengths: list[int],
+    heads: tuple[int, int, int],
+    layout: Callable[[int, int, int], AttentionShape],
 ) -> None:
-    shape = prefill_shape(*heads)
-    rows = shape.num_warps * shape.row_tiles * 16
+    shape = layout(*heads)
+    rows = shape.num_warps * max(shape.row_tiles, 1) * 16
     starts = np.cumsum([0, *lengths])
     # As the kernel numbers them: see first_row_block in kernels/attention_prefill.cu.
     first = [int(start) * shape.group // rows + s for s, start in enumerate(starts)]

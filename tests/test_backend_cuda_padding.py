@@ -58,7 +58,6 @@ def test_a_step_is_a_decode_step_when_every_sequence_gives_and_gets_one_token() 
     batch = decode_batch(3, 2)
     assert is_decode(batch, sample_batch(3))
     assert not is_decode(batch, sample_batch(2))
-    assert not is_decode(batch, None)
     longer = Batch(*(getattr(batch, f.name) for f in fields(Batch)[:-3]), batch.context_lens[:2],
                    batch.block_tables[:2], batch.logits_rows[:2])  # fmt: skip
     assert not is_decode(longer, sample_batch(2))

@@ -134,3 +134,21 @@ def test_beginning_a_block_clears_what_its_last_holder_left(ops: NumpyOps) -> No
     assert np.isnan(cache.values[0]).all()
     assert cache.values[1, 0, :3].min() == 1.0
     assert not cache.values[1, 0, 3:].any()
+
+
+def test_the_beginning_of_a_block_is_copied_in_every_layer_and_the_rest_is_clear() -> None:
+    ops = NumpyOps(1)
+    caches = ops.allocate_kv_cache(2, 4, 2, 16)
+    rng = np.random.default_rng(0)
+    for cache in caches:
+        for blocks in (cache.keys, cache.values):
+            blocks[:2] = rng.standard_normal(blocks[:2].shape)
+            blocks[0, :, 50:] = np.nan  # what its owner wrote behind the prompt
+            blocks[3] = np.inf
+    ops.copy_blocks(caches, np.array([[0, 2, 50], [1, 3, 7]], np.int32))
+    for cache in caches:
+        for blocks in (cache.keys, cache.values):
+            for source, target, count in ((0, 2, 50), (1, 3, 7)):
+                np.testing.assert_array_equal(blocks[target, :, :count], blocks[source, :, :count])
+                assert not blocks[target, :, count:].any()
+    ops.close()

@@ -11,9 +11,15 @@ from numpy.typing import NDArray
 
 from orcd_batch.backend.elementary import expf_fixed, logf_fixed
 from orcd_batch.backend.numpy_ops import NumpyOps
-from orcd_batch.backend.numpy_sampler import logits_fingerprint, sample_row
+from orcd_batch.backend.numpy_sampler import (
+    MAX_GUMBEL,
+    gumbel,
+    gumbel_max,
+    logits_fingerprint,
+    sample_row,
+)
 from orcd_batch.backend.ops import SampleBatch
-from orcd_batch.backend.philox import philox4x32
+from orcd_batch.backend.philox import philox4x32, philox_word
 
 f32 = np.float32
 Floats = NDArray[np.float32]
@@ -149,6 +155,23 @@ def test_a_large_vocabulary_is_sampled_fairly_across_chunk_borders() -> None:
     tokens = np.array([sample_row(raw, batch, i)[0] for i in range(400)])
     quarters = np.bincount(tokens // 5_000, minlength=4)
     assert float(((quarters - 100) ** 2 / 100).sum()) < 21.1
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 5.0, 100.0])
+def test_noise_that_could_not_win_may_be_left_out(temperature: float) -> None:
+    generator = np.random.default_rng(0)
+    for seed in range(20):
+        logits = generator.normal(0, 6, 3000).astype(f32)
+        z = (logits - logits.max()) / f32(temperature) + f32(0.0)
+        words = philox_word((seed, 0, 7), np.arange(3000, dtype=np.uint64), (seed, 0))
+        literal = int((z + gumbel(words)).argmax())
+        assert gumbel_max(z, None, seed, seed, 7) == literal
+
+
+def test_no_noise_is_larger_than_the_bound_that_leaves_candidates_out() -> None:
+    words = np.concatenate([np.arange(100_000), 2**32 - 1 - np.arange(100_000)])
+    middle = 2**31 - 50_000 + np.arange(100_000)
+    assert gumbel(np.concatenate([words, middle]).astype(np.uint64)).max() < MAX_GUMBEL
 
 
 def test_equal_logits_give_the_lowest_id_when_greedy() -> None:

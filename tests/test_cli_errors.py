@@ -19,11 +19,12 @@ def jobs(monkeypatch, tmp_path):
     """The options of every job that would have run."""
     seen: list[JobOptions] = []
 
-    def record(options, directory):
-        seen.append(options)
-        return {"rows": 0, "directory": directory.name}
+    def record(wanted, view=None):
+        seen.extend(options for options, _ in wanted)
+        counts = dict.fromkeys(("rows", "rows_computed", "errors", "tokens", "tokens_per_s"), 0)
+        return [{**counts, "run_hash": "", "directory": d.name} for _, d in wanted]
 
-    monkeypatch.setattr(job, "run_job", record)
+    monkeypatch.setattr(job, "run_jobs", record)
     monkeypatch.chdir(tmp_path)
     return seen
 
@@ -164,6 +165,7 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     unnamed = {"model", "sampling", "dataset", "engine"}
     unnamed |= {"model.name", "model.hub", "model.architectures", "engine.kind"}
+    unnamed |= {"scale_out.kind"}
     missing = [n for n in option_names() if n not in unnamed and n.split(".")[-1] not in text]
     assert not missing
 

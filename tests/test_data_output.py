@@ -430,15 +430,18 @@ def test_commits_are_due_by_rows_by_tokens_and_by_time(
         assert not store.commit_due
         store.add([trivial_result(rows[0], 0, 1)])
         clock[0] = 9.9
-        assert not store.commit_if_due()
+        assert not store.commit_due
         clock[0] = 10.0
-        assert store.commit_if_due()
+        assert store.commit_due
+        store.commit()
         many = replace(trivial_result(rows[1], 0, 1), completion_tokens=1_000_000)
         store.add([many])
-        assert store.commit_if_due()
+        assert store.commit_due
+        store.commit()
         monkeypatch.setattr(part_store_module, "COMMIT_ROWS", 1)
         store.add([trivial_result(rows[2], 0, 1)])
-        assert store.commit_if_due()
+        assert store.commit_due
+        store.commit()
     assert len(list(Path(f"{output}.parts").glob("part-*.arrow"))) == 3
 
 

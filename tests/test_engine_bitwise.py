@@ -64,7 +64,7 @@ def requests() -> list[Request]:
             max_tokens=generator.choice([1, 5, 12]),
             ignore_eos=True,
         )
-        samples = 3 if row == 4 else 1
+        samples = 3 if row in (3, 4) else 1
         found += [Request((row, s), prompt, params, stream=100 * row + s) for s in range(samples)]
     return found
 

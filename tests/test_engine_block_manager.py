@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from orcd_batch.backend.ops import BLOCK_SIZE
-from orcd_batch.engine.block_manager import Allocation, BlockManager
+from orcd_batch.engine.block_manager import Allocation, BlockCopy, BlockManager
 
 
 def prompt_of(*contents: int, extra: int = 0) -> list[int]:
@@ -107,6 +107,43 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
     assert allocate(manager, prompt).num_shared == 0
 
 
+def test_the_computed_end_of_a_prompt_is_copied_and_its_source_held_meanwhile() -> None:
+    manager = BlockManager(4)
+    prompt = prompt_of(5, extra=3)
+    leader = allocate(manager, prompt)
+    assert manager.is_prefix_pending(prompt)
+    manager.mark_computed(leader.block_table, len(prompt) - 1)
+    assert manager.is_prefix_pending(prompt), "its last token is not in place yet"
+    finish_prefill(manager, leader, prompt)
+    twin = allocate(manager, prompt)
+    assert twin.copy == BlockCopy(int(leader.block_table[1]), int(twin.block_table[1]), 3)
+    assert (twin.num_shared, twin.num_positions) == (1, BLOCK_SIZE + 3)
+    manager.free(leader.block_table)
+    assert manager.num_available == 1, "the source is held until it has been copied"
+    manager.end_copy(twin.copy)
+    assert manager.num_available == 2
+    assert allocate(manager, prompt_of(5, extra=4)).copy is None
+
+
+def test_a_copy_is_given_up_where_its_source_is_the_last_block_left() -> None:
+    manager = BlockManager(2)
+    prompt = prompt_of(5, extra=3)
+    held = allocate(manager, prompt)
+    finish_prefill(manager, held, prompt)
+    manager.free(held.block_table)
+    again = allocate(manager, prompt)
+    assert (again.num_shared, again.copy) == (1, None)
+    assert manager.num_available == 0
+
+
+def test_an_end_of_one_token_is_computed_and_never_waited_for() -> None:
+    manager = BlockManager(4)
+    finish_prefill(manager, allocate(manager, prompt_of(5)), prompt_of(5))
+    allocate(manager, prompt_of(5, extra=1))
+    assert not manager.is_prefix_pending(prompt_of(5, extra=1))
+    assert allocate(manager, prompt_of(5, extra=1)).copy is None
+
+
 class BlockMachine(RuleBasedStateMachine):
     """Random allocations, progress and releases over a handful of prompts."""
 
@@ -114,6 +151,7 @@ class BlockMachine(RuleBasedStateMachine):
         super().__init__()
         self.manager = BlockManager(9)
         self.held: list[tuple[Allocation, list[int], int]] = []
+        self.copies: list[tuple[BlockCopy, list[int]]] = []
 
     @rule(
         contents=st.lists(st.integers(1, 2), max_size=3),
@@ -129,7 +167,11 @@ class BlockMachine(RuleBasedStateMachine):
         if allocation is None:
             assert self.manager.num_available == before
         else:
-            self.held.append((allocation, prompt, allocation.num_shared * BLOCK_SIZE))
+            self.held.append((allocation, prompt, allocation.num_positions))
+            if allocation.copy is not None:
+                assert allocation.copy.target in allocation.block_table
+                assert allocation.copy.source not in allocation.block_table
+                self.copies.append((allocation.copy, prompt))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), tokens=st.integers(1, 100))
@@ -140,15 +182,25 @@ class BlockMachine(RuleBasedStateMachine):
         self.manager.mark_computed(allocation.block_table, computed)
         self.held[index] = (allocation, prompt, computed)
 
+    @precondition(lambda self: self.copies)
+    @rule()
+    def end_copy(self) -> None:
+        self.manager.end_copy(self.copies.pop(0)[0])
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(self.held) - 1))
-        self.manager.free(self.held.pop(index)[0].block_table)
+        allocation = self.held.pop(index)[0]
+        for pending in [pair for pair in self.copies if pair[0] is allocation.copy]:
+            self.manager.end_copy(pending[0])
+            self.copies.remove(pending)
+        self.manager.free(allocation.block_table)
 
     @invariant()
     def every_block_is_held_or_available(self) -> None:
         held = {int(b) for allocation, _, _ in self.held for b in allocation.block_table}
+        held |= {copy.source for copy, _ in self.copies}
         assert len(held) + self.manager.num_available == 9
 
     @invariant()
@@ -163,7 +215,17 @@ class BlockMachine(RuleBasedStateMachine):
                     assert content[block] == (index, beginning)
                 content[block] = (index, beginning)
 
+    @invariant()
+    def the_source_of_a_copy_holds_the_same_end_of_a_prompt(self) -> None:
+        for copy, prompt in self.copies:
+            known = self.manager._prefix_of_block[copy.source]
+            assert known.computed
+            assert known.end == len(prompt)
+            assert list(known.key[1]) == prompt[-copy.num_positions :]
+
     def teardown(self) -> None:
+        for copy, _ in self.copies:
+            self.manager.end_copy(copy)
         for allocation, _, _ in self.held:
             self.manager.free(allocation.block_table)
         assert self.manager.num_available == 9

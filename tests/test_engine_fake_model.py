@@ -12,6 +12,7 @@ from support.fake_ops import CONFIG, VOCAB_SIZE, WEIGHTS, FakeOps, digest, next_
 
 from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.engine import Completion, Engine, Request, SamplingParams
+from orcd_batch.engine.scheduler import MAX_TURNS_PASSED
 from orcd_batch.errors import ConfigError
 
 
@@ -108,9 +109,22 @@ def test_samples_of_one_prompt_compute_its_blocks_once(run_ahead: bool) -> None:
         tuple(expected_tokens(prompt, 3))
     }
     statistics = engine.statistics()
-    assert statistics["prefill_tokens"] == len(prompt) + 7 * 10
-    assert statistics["shared_prompt_tokens"] == 7 * 2 * BLOCK_SIZE
+    assert statistics["prefill_tokens"] == len(prompt) + 7
+    assert statistics["shared_prompt_tokens"] == 7 * (len(prompt) - 1)
     assert statistics["decode_tokens"] == 8 * 2
+
+
+@both_ways
+@pytest.mark.parametrize("length", [2, 30, 63, 65, 100, 128])
+def test_a_twin_of_any_length_computes_its_last_token_only(run_ahead: bool, length: int) -> None:
+    engine = engine_with(num_blocks=12, run_ahead=run_ahead)
+    prompt = list(range(length // 2)) + [7] * (length - length // 2)
+    prompt = [token % VOCAB_SIZE for token in prompt]
+    finished = run(engine, [request(i, prompt, 2 + 5 * i) for i in range(7)])
+    for i, done in finished.items():
+        assert done.token_ids == expected_tokens(prompt, 2 + 5 * i)
+    assert engine.statistics()["prefill_tokens"] == length + 6
+    assert engine.block_manager.num_available == 12
 
 
 def test_a_prompt_of_whole_blocks_found_in_the_cache_computes_its_last_token_only() -> None:
@@ -137,6 +151,33 @@ def test_who_may_generate_most_is_admitted_first_and_equals_in_order() -> None:
     for key, count in (("b", 3), ("long", 9), ("c", 3), ("short", 1)):
         engine.add(request(key, [1, 2], count))
     assert list(run(engine, [])) == ["long", "b", "c", "short"]
+
+
+def test_prompts_come_several_to_a_step_once_all_places_are_taken() -> None:
+    ops = FakeOps()
+    engine = engine_with(ops, max_num_seqs=64, max_num_batched_tokens=500, num_blocks=200)
+    prompts = [[i % 50, i // 50, 3] for i in range(128)]
+    requests = [request(i, prompt, 40 + i % 64) for i, prompt in enumerate(prompts)]
+    finished = run(engine, requests)
+    for item in requests:
+        expected = expected_tokens(list(item.prompt_token_ids), item.params.max_tokens)
+        assert finished[item.key].token_ids == expected
+    assert ops.num_prompt_steps <= 64 // 3, "one sequence or so finishes in every step"
+
+
+def test_a_short_request_is_not_passed_for_ever() -> None:
+    engine = engine_with(max_num_seqs=2, max_num_batched_tokens=8)
+    engine.add(request("short", [1, 2], 1))
+    for i in range(2):
+        engine.add(request(i, [i], 6))
+    order: list[Any] = []
+    for step in itertools.count(2):
+        order += [done.key for done in engine.step()]
+        if "short" in order:
+            break
+        if engine.num_waiting < 3:
+            engine.add(request(step, [step % VOCAB_SIZE], 6))
+    assert 2 * MAX_TURNS_PASSED - 2 <= len(order) <= 2 * MAX_TURNS_PASSED + 2
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_computed_in_chunks() -> None:

@@ -314,13 +314,6 @@ def test_a_multirun_gives_each_job_what_it_gives_alone(run, prompts):
     assert documents[3]["run_hash"] == alone["run_hash"]
 
 
-def test_several_jobs_of_a_sweep_cannot_share_one_output(run, prompts):
-    code, documents, _ = run("-m", prompts, "sampling.seed=1,2", "output=same.parquet")
-    assert code == 2
-    assert "error" not in documents[0]
-    assert "sampling.seed" in documents[1]["error"]
-
-
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [

@@ -11,7 +11,7 @@ def test_every_room_and_resource_is_packaged():
         ".".join(path.parent.relative_to(REPO_ROOT).parts)
         for path in (REPO_ROOT / "orcd_batch").rglob("*.py")
     }
-    resources = {"orcd_batch.conf", "orcd_batch.kernels"}
+    resources = {"orcd_batch.conf", "orcd_batch.jobs", "orcd_batch.kernels"}
     assert set(setuptools["packages"]) == rooms | resources
     for name in resources:
         folder = REPO_ROOT / setuptools["package-dir"][name]

@@ -14,8 +14,17 @@ from large_job import trivial_result
 from rich.console import Console
 
 from orcd_batch.data import DatasetOptions, InputDataset, PartStore, SampleResult
-from orcd_batch.errors import InputError
-from orcd_batch.reproducibility import numerics_hash, report, run_output, token_hash, verify
+from orcd_batch.errors import ConfigError, InputError
+from orcd_batch.reproducibility import (
+    baseline,
+    numerics_hash,
+    report,
+    run_output,
+    token_hash,
+    verify,
+)
+from orcd_batch.reproducibility.baseline import Baseline
+from orcd_batch.reproducibility.baseline_verify import verify as verify_command
 from orcd_batch.reproducibility.verify import compare
 
 
@@ -196,6 +205,120 @@ def test_many_passes_over_the_keys_find_the_same(
     assert len(at_once.differing) == 5
     assert at_once.num_tokens_differ == 9
     assert [row.id for row in at_once.differing] == [4, 8, 12, 16, 20]
+
+
+def test_a_drift_is_one_sentence_with_the_kind_the_place_and_the_margin(tmp_path: Path) -> None:
+    def other(result: SampleResult) -> SampleResult:
+        ids = list(result.completion_ids or [])
+        return replace(with_tokens(result, [*ids[:2], 77, *ids[3:]]), margins=[1.0, 1.0, 0.125, 1])
+
+    def nudged(result: SampleResult) -> SampleResult:
+        prints = list(result.fingerprints or [])
+        return with_fingerprints(result, [prints[0], prints[1] ^ 1, *prints[2:]])
+
+    a = run(tmp_path / "a.parquet", range(3))
+    b = run(tmp_path / "b.parquet", range(1, 4), {(1, 0): other, (2, 1): nudged})
+    assert verify.explanation(compare(a, b), "the baseline", "tonight") == (
+        "1 of 8 rows differ in tokens, 1 of 8 rows differ in numerics only, 2 of 8 rows are only "
+        "in the baseline, 2 of 8 rows are only in tonight; the first is id 1: token 3 in the "
+        "baseline, 77 in tonight at position 2 (margin 0.25 in the baseline, 0.125 in tonight)"
+    )
+    alone = compare(a, run(tmp_path / "c.parquet", range(3), {(2, 1): nudged}))
+    assert verify.explanation(alone) == (
+        "1 of 6 rows differ in numerics only; the first is id 2 sample 1: same tokens, other "
+        "logits from position 1 on (margin 0.25 in A, 0.25 in B)"
+    )
+    assert verify.explanation(compare(a, a)).startswith("all 6 rows are equal")
+
+
+def test_a_golden_result_is_made_compared_and_replaced_with_its_history(tmp_path: Path) -> None:
+    golden = str(tmp_path / "golden")
+    first = run(tmp_path / "a" / "completions.parquet", range(4), manifest={"seed": 1})
+    changed = {(2, 0): lambda result: with_tokens(result, [5])}
+    second = run(tmp_path / "b" / "completions.parquet", range(4), changed, manifest={"seed": 2})
+    document, _, code = verify_command(str(tmp_path / "a"), golden, True, "the first")
+    assert (code, document["results"]["."]["old_run_hash"]) == (0, None)
+    document, text, code = verify_command(first, golden, False, None)
+    assert (code, document["equal"]) == (0, True)
+    assert "Equal: all 8 rows" in shown(text)
+    document, text, code = verify_command(str(tmp_path / "b"), golden, False, None)
+    assert (code, document["equal"]) == (1, False)
+    assert document["comparisons"]["."]["manifest_differences"] == {"seed": {"a": 1, "b": 2}}
+    assert "could explain it" in shown(text)
+    document, text, _ = verify_command(second, golden, True, "  a new seed ")
+    result = document["results"]["."]
+    assert (result["num_equal"], result["num_tokens_differ"]) == (7, 1)
+    assert result["first_difference"]["id"] == 2
+    assert result["manifest_differences"] == [["seed", 1, 2]]
+    assert "→" in shown(text)
+    assert verify_command(second, golden, False, None)[2] == 0
+    assert verify_command(first, golden, False, None)[2] == 1
+    updates = json.loads((tmp_path / "golden" / "baseline.json").read_text())["updates"]
+    assert [update["reason"] for update in updates] == ["the first", "a new seed"]
+    assert updates[1]["results"]["."]["old_run_hash"] == updates[0]["results"]["."]["new_run_hash"]
+    assert not list((tmp_path / "golden").glob("*.new"))
+
+
+def test_the_runs_of_a_sweep_are_compared_by_the_names_of_their_folders(tmp_path: Path) -> None:
+    for sweep, names in (("one", ["x", "y"]), ("two", ["y", "z"])):
+        for name in names:
+            run(tmp_path / sweep / name / "completions.parquet", range(3), num_samples=1)
+    one, two, golden = (str(tmp_path / name) for name in ("one", "two", "golden"))
+    assert verify_command(one, golden, True, "the first")[2] == 0
+    document, _, code = verify_command(one, golden, False, None)
+    assert (code, list(document["comparisons"])) == (0, ["x", "y"])
+    for expected in (golden, one):
+        document, text, code = verify_command(two, expected, False, None)
+        assert (code, document["only_baseline"], document["only_run"]) == (1, ["x"], ["z"])
+        assert document["comparisons"]["y"]["equal"]
+        assert "Only in the run: z" in shown(text)
+    verify_command(two, golden, True, "also z")
+    assert set(Baseline(golden).run_hashes) == {"x", "y", "z"}
+
+
+def test_a_golden_result_needs_a_reason_and_the_run_comes_first(tmp_path: Path) -> None:
+    a, golden = run(tmp_path / "a.parquet", range(2)), str(tmp_path / "golden")
+    for reason in (None, " "):
+        with pytest.raises(ConfigError, match="--reason"):
+            verify_command(a, golden, True, reason)
+    with pytest.raises(ConfigError, match="add --update"):
+        verify_command(a, golden, False, "why")
+    with pytest.raises(ConfigError, match="is a file"):
+        verify_command(a, a, True, "why")
+    verify_command(a, golden, True, "why")
+    with pytest.raises(ConfigError, match="name the run first"):
+        verify_command(golden, a, False, None)
+    with pytest.raises(InputError, match=r"nowhere\.parquet does not exist"):
+        verify_command(str(tmp_path / "nowhere.parquet"), golden, True, "why")
+    assert len(Baseline(golden).updates) == 1
+
+
+def test_an_update_that_was_cut_short_is_noticed_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(temporary: str, final: str) -> None:
+        raise KeyboardInterrupt
+
+    golden = str(tmp_path / "golden")
+    a = run(tmp_path / "a.parquet", range(2))
+    b = run(tmp_path / "b.parquet", range(2), {(0, 0): lambda result: with_tokens(result, [5])})
+    verify_command(a, golden, True, "the first")
+    with monkeypatch.context() as patched:
+        patched.setattr(baseline, "publish", crash)
+        with pytest.raises(KeyboardInterrupt):
+            verify_command(b, golden, True, "the second")
+    with pytest.raises(InputError, match="an update was cut short"):
+        verify_command(b, golden, False, None)
+    verify_command(b, golden, True, "the second, again")
+    assert verify_command(b, golden, False, None)[2] == 0
+    assert len(Baseline(golden).updates) == 3
+
+
+def test_a_damaged_list_of_updates_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    for text in ("no json", "[]", '{"updates": 3}', '{"updates": [{"results": 1}]}'):
+        (tmp_path / "baseline.json").write_text(text)
+        with pytest.raises(InputError, match=r"baseline\.json"):
+            Baseline(tmp_path)
 
 
 def test_what_is_not_an_output_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
 """Rows of a GGUF tensor as fp32, on the CPU; every type that `gguf.quants` knows."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orcd_batch.backend.fp16_range import check_fp16_range
 from orcd_batch.backend.ops import TensorPart
 from orcd_batch.errors import CheckpointError
 
 Floats = NDArray[np.float32]
-FP16_MAX = 65504.0
 _CHUNK_BYTES = 1 << 19
 
 
@@ -33,27 +34,26 @@ def dequantize_rows(part: TensorPart, first: int, last: int) -> Floats:
     stores weights as fp16, and one file must mean the same model on every engine).
     """
     num_rows, row_length = part.shape
-    raw = part.data.reshape(-1)
-    row_bytes, left_over = divmod(raw.size, max(num_rows, 1))
+    row_bytes, left_over = divmod(part.data.size, max(num_rows, 1))
     if left_over:
         raise CheckpointError(
-            f"Tensor {part.name!r} holds {raw.size} bytes, which is no whole number of bytes for "
-            f"each of its {num_rows} rows; the file is damaged."
+            f"Tensor {part.name!r} holds {part.data.size} bytes, which is no whole number of bytes "
+            f"for each of its {num_rows} rows; the file is damaged."
         )
-    data = raw[first * row_bytes : last * row_bytes].reshape(last - first, row_bytes)
+    data = part.read(first * row_bytes, last * row_bytes).reshape(last - first, row_bytes)
     values = _to_fp32(data, part, row_length)
     if values.shape != (last - first, row_length):
         raise CheckpointError(
             f"Tensor {part.name!r} of type {part.ggml_type} gives rows of {values.shape[-1]} "
             f"values where {row_length} were expected; the file is damaged."
         )
-    _check_range(values, part)
+    check_fp16_range(values, part.name)
     return _halves_order(values, part.rope_head_dim) if part.rope_head_dim else values
 
 
 def dequantize_vector(part: TensorPart) -> Floats:
     """A vector part as (n,) fp32; errors as `dequantize_rows`."""
-    whole = TensorPart(part.name, part.data, part.ggml_type, (1, part.shape[0] * part.shape[1]))
+    whole = replace(part, shape=(1, part.shape[0] * part.shape[1]), rope_head_dim=0)
     values = dequantize_rows(whole, 0, 1).reshape(-1, 1)
     if part.rope_head_dim:
         values = _halves_order(values, part.rope_head_dim)
@@ -90,16 +90,6 @@ def _reinterpret(
             f"no multiple of {dtype.itemsize}; the file is damaged."
         )
     return np.ascontiguousarray(data).view(dtype)
-
-
-def _check_range(values: Floats, part: TensorPart) -> None:
-    largest = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
-    if not largest <= FP16_MAX:
-        bad = values[~(np.abs(values) <= FP16_MAX)][0]
-        raise CheckpointError(
-            f"Tensor {part.name!r} holds the value {bad}, outside fp16's range of ±{FP16_MAX:g}; "
-            f"this program computes with fp16 weights and refuses it."
-        )
 
 
 def _halves_order(values: Floats, head_dim: int) -> Floats:

@@ -13,6 +13,7 @@ from orcd_batch.backend.numpy_dequantize import dequantize_rows, dequantize_vect
 from orcd_batch.backend.numpy_linear import PanelWeight, Plan, choose_plan, linear
 from orcd_batch.backend.numpy_sampler import MAX_VOCAB_SIZE, RowResult, sample_row
 from orcd_batch.backend.numpy_threads import Task, Workers
+from orcd_batch.backend.op_times import HostOpTimes, OpTable
 from orcd_batch.backend.ops import (
     BLOCK_SIZE,
     Batch,
@@ -45,11 +46,12 @@ class PlacedBatch(Batch):
 class NumpyOps:
     """Implements `ops.Ops` with numpy.ndarray as `Array`; a linear weight is a `PanelWeight`.
 
-    num_threads: 0 uses every CPU this process may run on; the count never changes a bit. While it
-    lives, BLAS is limited to one thread per call, process-wide. Not for use from several threads.
+    num_threads: 0 uses every CPU this process may run on; the count never changes a bit. time_ops:
+    keep the wall time of every op, for the manifest. While it lives, BLAS is limited to one thread
+    per call, process-wide. Not for use from several threads.
     """
 
-    def __init__(self, num_threads: int = 0) -> None:
+    def __init__(self, num_threads: int = 0, *, time_ops: bool = False) -> None:
         self._workers = Workers(num_threads)
         self._blas_limit = BlasLimit()
         self.blas_kernel = self._blas_limit.kernel
@@ -57,6 +59,9 @@ class NumpyOps:
         self._plans: dict[int, Plan] = {}
         self._tile_tokens: dict[tuple[int, int], tuple[int, int]] = {}
         self._closed = False
+        self._op_times = HostOpTimes() if time_ops else None
+        if self._op_times is not None:
+            self._op_times.watch(self)
 
     @property
     def num_threads(self) -> int:
@@ -72,7 +77,12 @@ class NumpyOps:
             f"attention G={g} D={d}": f"{base} token(s), bulk {bulk}"
             for (g, d), (base, bulk) in sorted(self._tile_tokens.items())
         }
-        return {"blas_kernel": self.blas_kernel, **linear_plans, **tiles}
+        times = {"op_times": self.op_times()} if self._op_times is not None else {}
+        return {"blas_kernel": self.blas_kernel, **linear_plans, **tiles, **times}
+
+    def op_times(self) -> OpTable | None:
+        """Wall time per op so far, under time_ops alone."""
+        return self._op_times.summary() if self._op_times else None
 
     def load_linear(self, parts: Sequence[TensorPart]) -> PanelWeight:
         row_length = parts[0].shape[1]
@@ -132,12 +142,11 @@ class NumpyOps:
             out *= weight
         return out
 
-    def add_rms_norm(self, x: Floats, delta: Floats, weight: Floats, eps: float) -> Floats:
-        x += delta
-        return self.rms_norm(x, weight, eps)
-
     def linear(self, x: Floats, weight: PanelWeight) -> Floats:
         return linear(x, weight, self._workers)
+
+    def linear_add(self, x: Floats, weight: PanelWeight, residual: Floats) -> None:
+        residual += linear(x, weight, self._workers)
 
     def rope_and_cache(
         self, qkv: Floats, bias: Floats, rope_table: Floats, cache: KVCache, batch: Batch
@@ -185,6 +194,9 @@ class NumpyOps:
     def take_rows(self, x: Floats, rows: Ints) -> Floats:
         return x[rows]
 
+    def logits(self, x: Floats, weight: PanelWeight) -> Floats:
+        return linear(x, weight, self._workers)
+
     def sample(self, logits: Floats, batch: SampleBatch) -> Sampled:
         num_rows, vocab_size = logits.shape
         assert vocab_size <= MAX_VOCAB_SIZE, f"vocabulary of {vocab_size} > {MAX_VOCAB_SIZE}"
@@ -205,6 +217,13 @@ class NumpyOps:
             np.array(columns[3], np.int64),
             np.array(columns[4], np.bool_),
         )
+
+    def copy_blocks(self, caches: Sequence[KVCache], copies: Ints) -> None:
+        for cache in caches:
+            for blocks in (cache.keys, cache.values):
+                for source, target, count in copies.tolist():
+                    blocks[target, :, :count] = blocks[source, :, :count]
+                    blocks[target, :, count:] = 0.0  # as a block whose first position is written
 
     def launch(
         self, compute: Compute, batch: Batch, sampling: SampleBatch | None

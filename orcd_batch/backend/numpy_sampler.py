@@ -56,6 +56,10 @@ _LOW = 0xFFFFFFFF
 _FLT_MAX = np.float32(np.finfo(np.float32).max)
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
 _TWO_POW_MINUS_32 = np.float32(2.0**-32)
+# No variate is larger: the smallest E is 2**-33, and -log(2**-33) is 22.8739.
+MAX_GUMBEL = np.float32(22.875)
+# Candidates from here on are tried first: one of them is nearly always chosen.
+_NEAR = np.float32(-6.0)
 _TOP_BIT = np.uint64(1 << 31)
 Ids = NDArray[np.int64]
 RowResult = tuple[int, float, float, int, bool]
@@ -151,19 +155,32 @@ def _top_p_prefix(probabilities: Floats, top_p: float) -> int:
 
 
 def gumbel_max(z: Floats, ids: Ids | None, seed: int, stream: int, position: int) -> int:
-    """Steps 5 and 6: the id with the largest z + Gumbel noise among ids (None: all)."""
+    """Steps 5 and 6: the id with the largest z + Gumbel noise among ids (None: all).
+
+    Noise is computed only where it could still win: those near the top first, then those whose
+    z + the largest possible noise reaches the best score so far.
+    """
     key = (seed & _LOW, seed >> 32)
     counter = (stream & _LOW, stream >> 32, position)
     words = _all_ids(len(z)) if ids is None else ids.astype(np.uint64)
     values = z if ids is None else z[ids]
-    best_token, best_score = 0, -math.inf
+    near = values >= _NEAR
+    best = _best(values[near], words[near], counter, key)
+    far = ~near & (values + MAX_GUMBEL >= best[0])
+    return -max(best, _best(values[far], words[far], counter, key))[1]
+
+
+def _best(
+    values: Floats, words: NDArray[np.uint64], counter: tuple[int, int, int], key: tuple[int, int]
+) -> tuple[float, int]:
+    """(largest score, minus the lowest id that has it); words: the ids, ascending."""
+    best = (-math.inf, 0)
     for start in range(0, len(words), _CHUNK):
         part = slice(start, start + _CHUNK)
         scores = values[part] + gumbel(philox_word(counter, words[part], key))
         index = int(scores.argmax())
-        if scores[index] > best_score:
-            best_token, best_score = int(words[start + index]), float(scores[index])
-    return best_token
+        best = max(best, (float(scores[index]), -int(words[start + index])))
+    return best
 
 
 def gumbel(words: NDArray[np.uint64]) -> Floats:

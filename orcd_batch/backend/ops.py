@@ -6,15 +6,19 @@ linear. `Array` is the backend's own array type (numpy.ndarray, or a view of dev
 
 Every op's result for one row depends on that row alone (and, for attention, on its own sequence):
 reductions run in an order fixed by the model's shape. Numpy computes in fp32; the GPU keeps fp16
-weights, KV cache and matrix inputs, and fp32 accumulation, residual stream and logits.
+weights, KV cache, activations and matrix inputs, and fp32 accumulation, residual stream and logits.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from orcd_batch.errors import CheckpointError
 
 Array = Any
 
@@ -30,7 +34,8 @@ class TensorPart:
     file) for exactly `shape[0]` rows of `shape[1]` values (a vector has shape (n, 1) with
     data laid out as stored). ggml_type: the GGML type name, such as "Q4_1" or "F16".
     rope_head_dim: 0, or the head dim D when rows pair as neighbours and must be put in halves
-    order: within each head, row 2i goes to i and row 2i + 1 to i + D/2.
+    order: within each head, row 2i goes to i and row 2i + 1 to i + D/2. file: where the same bytes
+    can be read without the mapping, from `offset` on; None where there is no file.
     """
 
     name: str
@@ -38,6 +43,36 @@ class TensorPart:
     ggml_type: str
     shape: tuple[int, int]
     rope_head_dim: int = 0
+    file: FileIO | None = None
+    offset: int = 0
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes start … stop of `data`, (stop - start,); see `read_into`."""
+        if self.file is None:
+            return self.data.reshape(-1)[start:stop]
+        target = np.empty(stop - start, np.uint8)
+        self.read_into(target, start)
+        return target
+
+    def read_into(self, target: NDArray[np.uint8], start: int) -> None:
+        """Fills the target with the bytes from `start` on.
+
+        Raises CheckpointError where the file ends before them: it was cut short after it was
+        opened, and touching the mapping there would end the process.
+        """
+        if self.file is None:
+            target[:] = self.data.reshape(-1)[start : start + target.nbytes]
+            return
+        position = self.offset + start
+        view = target.data
+        while view.nbytes:
+            count = os.preadv(self.file.fileno(), [view], position)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.file.name!s} ends at byte {position:,}, inside tensor "
+                    f"{self.name!r}: it was cut short while it was read; fetch it again."
+                )
+            view, position = view[count:], position + count
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +180,12 @@ class Ops(Protocol):
         """(T, C) -> (T, C): x / sqrt(mean(x²) + eps) * weight."""
         ...
 
-    def add_rms_norm(self, x: Array, delta: Array, weight: Array, eps: float) -> Array:
-        """Adds delta (T, C) into x in place, then as rms_norm."""
-        ...
-
     def linear(self, x: Array, weight: Array) -> Array:
         """(T, K), (N, K) -> (T, N) = x @ weight.T."""
+        ...
+
+    def linear_add(self, x: Array, weight: Array, residual: Array) -> None:
+        """Adds x @ weight.T into residual (T, N) in place."""
         ...
 
     def rope_and_cache(
@@ -171,12 +206,22 @@ class Ops(Protocol):
         """(T, C), (R,) -> (R, C)."""
         ...
 
+    def logits(self, x: Array, weight: Array) -> Array:
+        """(R, C), (V, C) -> (R, V) fp32 = x @ weight.T."""
+        ...
+
     # After the forward pass.
     def sample(self, logits: Array, batch: SampleBatch) -> Sampled:
         """Chooses one token per row of (R, V) fp32 logits and hashes the row's bits."""
         ...
 
     # Whole steps.
+    def copy_blocks(self, caches: Sequence[KVCache], copies: NDArray[np.int32]) -> None:
+        """For each (source, target, n) of copies (m, 3): the first n positions of block `source` go
+        to block `target` in every layer, before anything that is launched later writes to either.
+        No target is another copy's source."""
+        ...
+
     def launch(self, compute: Compute, batch: Batch, sampling: SampleBatch | None) -> Any:
         """Starts `compute` on the batch and its sampling, placed; returns what `collect` takes.
 

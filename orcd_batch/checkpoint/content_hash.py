@@ -9,6 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from orcd_batch.checkpoint.gguf_file import FileIdentity, GGUFFile
+from orcd_batch.errors import CheckpointError
+
+# Large: every piece takes the interpreter lock, which the run needs meanwhile.
+_PIECE_BYTES = 8 << 20
 
 
 def model_hash(gguf: GGUFFile, num_threads: int = 0) -> str:
@@ -16,12 +20,34 @@ def model_hash(gguf: GGUFFile, num_threads: int = 0) -> str:
 
     The header is everything in front of the tensor data, so names, shapes and metadata count;
     padding between tensors does not. num_threads: 0 uses every CPU this process may run on.
-    Raises ClosedError when the file was closed.
+    Raises ClosedError when the file was closed, CheckpointError when it was cut short meanwhile.
     """
-    views = [gguf.header_bytes, *(gguf.raw(name) for name in gguf.tensors)]
+    return hashlib.sha256(b"".join(part_digests(gguf, num_threads))).hexdigest()
+
+
+def part_digests(gguf: GGUFFile, num_threads: int = 0) -> list[bytes]:
+    """The SHA-256 of the header and of each tensor's bytes, in file order; as `model_hash`."""
+    sizes = [(0, gguf.header_bytes.nbytes)]
+    sizes += [(tensor.offset, tensor.num_bytes) for tensor in gguf.tensors.values()]
     with ThreadPoolExecutor(num_threads or len(os.sched_getaffinity(0))) as pool:
-        digests = list(pool.map(lambda view: hashlib.sha256(view).digest(), views))
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+        return list(pool.map(lambda size: _digest(gguf, *size), sizes))
+
+
+def _digest(gguf: GGUFFile, position: int, num_bytes: int) -> bytes:
+    """SHA-256 of bytes read, not mapped: see `GGUFFile.file`."""
+    found, end = hashlib.sha256(), position + num_bytes
+    piece = bytearray(min(num_bytes, _PIECE_BYTES))
+    view = memoryview(piece)
+    while position < end:
+        count = os.preadv(gguf.file.fileno(), [view[: end - position]], position)
+        if count == 0:
+            raise CheckpointError(
+                f"{gguf.path} ends at byte {position:,} and had {gguf.identity.size:,} bytes when "
+                "it was opened: it was cut short while it was read; fetch it again."
+            )
+        found.update(view[:count])
+        position += count
+    return found.digest()
 
 
 def cached_model_hash(path: str | Path, cache_dir: str | Path) -> str | None:

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +61,9 @@ class GGUFFile:
 
     path: as given. version: 2 or 3. metadata: value by key; numbers, booleans and strings as
     Python's own, arrays of strings as lists, other arrays as read-only numpy arrays. value_types:
-    type by key, in words. tensors: by name, in file order. identity: size, time and inode.
+    type by key, in words. tensors: by name, in file order. identity: size, time and inode. file:
+    the same file to read from, for as long as it is open: a file cut short after it was opened
+    gives an error there, where touching its mapping would end the process.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class GGUFFile:
         header_size: int,
         identity: FileIdentity,
         mapping: mmap.mmap,
+        file: FileIO,
     ) -> None:
         self.path = path
         self.version = version
@@ -80,6 +84,7 @@ class GGUFFile:
         self.value_types = value_types
         self.tensors = tensors
         self.identity = identity
+        self.file = file
         self._header_size = header_size
         self._mapping: mmap.mmap | None = mapping
 
@@ -90,24 +95,26 @@ class GGUFFile:
         Raises CheckpointError where it cannot be read, is no GGUF, or contradicts itself.
         """
         path = Path(path)
-        mapping, identity = _map_file(path)
+        mapping, identity, file = _map_file(path)
         try:
-            return cls._parse(path, mapping, identity)
+            return cls._parse(path, mapping, identity, file)
         except BaseException:
             mapping.close()
+            file.close()
             raise
 
     @classmethod
-    def _parse(cls, path: Path, mapping: mmap.mmap, identity: FileIdentity) -> "GGUFFile":
+    def _parse(
+        cls, path: Path, mapping: mmap.mmap, identity: FileIdentity, file: FileIO
+    ) -> "GGUFFile":
         reader = HeaderReader(mapping, path)
         version = _read_version(reader)
         num_tensors = reader.count("the number of tensors", _MIN_TENSOR_BYTES)
         metadata, value_types = _read_metadata(reader)
         alignment = _alignment(reader, metadata)
         tensors = _read_tensors(reader, num_tensors, alignment, identity.size)
-        return cls(
-            path, version, metadata, value_types, tensors, reader.position, identity, mapping
-        )
+        facts = (path, version, metadata, value_types, tensors, reader.position, identity)
+        return cls(*facts, mapping, file)
 
     @property
     def header_bytes(self) -> NDArray[np.uint8]:
@@ -134,6 +141,7 @@ class GGUFFile:
     def close(self) -> None:
         """Lets go of the file. Views handed out stay valid; the mapping ends with the last one."""
         mapping, self._mapping = self._mapping, None
+        self.file.close()
         if mapping is not None:
             with suppress(BufferError):
                 mapping.close()
@@ -145,19 +153,24 @@ class GGUFFile:
         self.close()
 
 
-def _map_file(path: Path) -> tuple[mmap.mmap, FileIdentity]:
+def _map_file(path: Path) -> tuple[mmap.mmap, FileIdentity, FileIO]:
+    file: FileIO | None = None
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path} is not a regular file; name a GGUF file.")
-        with path.open("rb") as file:
-            facts = os.fstat(file.fileno())
-            if facts.st_size == 0:
-                raise CheckpointError(f"{path} is empty; download or convert it again.")
-            mapping = mmap.mmap(file.fileno(), facts.st_size, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
+        file = FileIO(path)
+        facts = os.fstat(file.fileno())
+        if facts.st_size == 0:
+            raise CheckpointError(f"{path} is empty; download or convert it again.")
+        mapping = mmap.mmap(file.fileno(), facts.st_size, access=mmap.ACCESS_READ)
+    except BaseException as error:
+        if file is not None:
+            file.close()
+        if not isinstance(error, OSError | ValueError):
+            raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"Cannot open the model file {path}: {reason}.") from error
-    return mapping, FileIdentity(facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    return mapping, FileIdentity(facts.st_size, facts.st_mtime_ns, facts.st_ino), file
 
 
 def _read_version(reader: HeaderReader) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from orcd_batch.data.location import Location, reported_as
@@ -31,6 +32,13 @@ def part_batch(results: Sequence[SampleResult]) -> Any:
         pa.array([id_as_text(result.id) for result in results], pa.string()),
     ]
     return pa.RecordBatch.from_arrays(head + computed_columns(results), schema=PART_SCHEMA)
+
+
+def merged(batches: Sequence[Any]) -> Any:
+    """RecordBatches of PART_SCHEMA as one, sorted by row; a row's samples stand in one of them."""
+    table = pa.Table.from_batches(batches, PART_SCHEMA).combine_chunks()
+    rows = table.column("row_index").to_numpy()
+    return table.take(pa.array(np.argsort(rows, kind="stable"))).to_batches()[0]
 
 
 def encode_part(batch: Any) -> memoryview:

@@ -31,6 +31,15 @@ class PartIndex:
         self.num_done += (not retry) - (self._state[row] == _DONE)
         self._state[row] = _RETRY if retry else _DONE
 
+    def mark_all(self, rows: NDArray[np.int64], retries: NDArray[np.int64]) -> None:
+        """As `mark` for rows that are not done yet, each once; `retries` are among them."""
+        self._grow(int(rows.max()) + 1)
+        state = np.frombuffer(self._state, dtype=np.uint8)
+        assert not (state[rows] == _DONE).any(), f"some of {rows} are done already"
+        state[rows] = _DONE
+        state[retries] = _RETRY
+        self.num_done += len(rows) - len(retries)
+
     def place(self, rows: NDArray[np.int64], part: int) -> None:
         """The rows are in this part, which is newer than any they were in before."""
         if len(rows):

@@ -14,6 +14,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
+import numpy as np
+import pyarrow.compute as pc
+
 from orcd_batch.data.assembly import write_output
 from orcd_batch.data.committed_parts import CommittedParts, Record
 from orcd_batch.data.dataset import InputDataset
@@ -22,7 +25,7 @@ from orcd_batch.data.finished_output import FinishedOutput, recovered_parts
 from orcd_batch.data.location import Location, reported_as
 from orcd_batch.data.manifest import differences, differences_sentence
 from orcd_batch.data.output_lock import OutputLock
-from orcd_batch.data.part_file import part_batch
+from orcd_batch.data.part_file import merged, part_batch
 from orcd_batch.data.results import SampleResult
 from orcd_batch.errors import OrcdError, OutputError
 
@@ -52,7 +55,8 @@ class PartStore:
         self._job_file = self._parts.directory.child("job.json")
         self._lock: OutputLock | None = None
         self._pending: dict[int, list[SampleResult]] = {}
-        self._num_pending_tokens = 0
+        self._pending_batches: list[Any] = []
+        self._num_pending_rows = self._num_pending_tokens = 0
         self._oldest_pending = 0.0
         self._replaces: list[int] | None = None
         self._claimed = False
@@ -105,38 +109,42 @@ class PartStore:
         assert all(result.row_index == row for result in results), f"rows mixed with row {row}"
         assert samples == list(range(len(results))), f"row {row} has samples {samples}"
         assert not self.is_done(row), f"row {row} is done already"
-        if not self._pending:
-            self._oldest_pending = time.monotonic()
+        self._count_pending(1, sum(result.completion_tokens or 0 for result in results))
         self._pending[row] = list(results)
-        self._num_pending_tokens += sum(result.completion_tokens or 0 for result in results)
         retry = any(result.error_kind == "infrastructure" for result in results)
         self._parts.index.mark(row, retry)
+
+    def add_batch(self, batch: Any) -> None:
+        """Takes finished rows as a RecordBatch of PART_SCHEMA, a row's samples side by side."""
+        rows = batch.column("row_index").to_numpy()
+        retry = pc.equal(batch.column("error_kind"), "infrastructure").fill_null(False)
+        num_tokens = pc.sum(batch.column("completion_tokens")).as_py() or 0
+        distinct = np.unique(rows)
+        self._parts.index.mark_all(distinct, np.unique(rows[retry]))
+        self._count_pending(len(distinct), num_tokens)
+        self._pending_batches.append(batch)
 
     @property
     def commit_due(self) -> bool:
         """Whether 1,000 rows or a million tokens wait, or the oldest row has waited 10 seconds."""
-        return bool(self._pending) and (
-            len(self._pending) >= COMMIT_ROWS
+        return bool(self._num_pending_rows) and (
+            self._num_pending_rows >= COMMIT_ROWS
             or self._num_pending_tokens >= COMMIT_TOKENS
             or time.monotonic() - self._oldest_pending >= COMMIT_SECONDS
         )
 
-    def commit_if_due(self) -> bool:
-        """Commits when it is due; returns whether it did. Raises OutputError as `commit` does."""
-        due = self.commit_due
-        if due:
-            self.commit()
-        return due
-
     def commit(self) -> None:
         """Makes every added row safe. Raises OutputError when it cannot be written."""
-        if not self._pending:
+        if not self._num_pending_rows:
             return
         with self._explained("cannot be written; finished parts are kept"):
             self._claim()
-            self._parts.add(part_batch([r for row in self._pending.values() for r in row]))
-        self._pending = {}
-        self._num_pending_tokens = 0
+            batch = part_batch([r for row in self._pending.values() for r in row])
+            if self._pending_batches:
+                batch = merged([batch, *self._pending_batches])
+            self._parts.add(batch)
+        self._pending, self._pending_batches = {}, []
+        self._num_pending_rows = self._num_pending_tokens = 0
 
     def records(self) -> Iterator[Record]:
         """Identity, hashes and counts of every result, those of earlier runs included; streamed."""
@@ -179,6 +187,12 @@ class PartStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _count_pending(self, num_rows: int, num_tokens: int) -> None:
+        if not self._num_pending_rows:
+            self._oldest_pending = time.monotonic()
+        self._num_pending_rows += num_rows
+        self._num_pending_tokens += num_tokens
 
     def _explained(self, trouble: str) -> Any:
         return reported_as(OutputError, f"The output {self.output} {trouble}")

@@ -48,6 +48,14 @@ def make_batch(chunks: Items[Chunk]) -> Batch:
     )
 
 
+def make_copies(chunks: Items[Chunk]) -> NDArray[np.int32] | None:
+    """(source, target, positions) of the block copies that come before the step, if any."""
+    copies = [chunk.sequence.copy for chunk in chunks if chunk.sequence.copy is not None]
+    if not copies:
+        return None
+    return np.array([(c.source, c.target, c.num_positions) for c in copies], np.int32)
+
+
 def _pending(sequence: Sequence) -> int:
     return -1 - sequence.pending_row
 

@@ -90,7 +90,7 @@ class Context:
                 rows = np.arange(first - start, last - start, dtype=np.int32)
                 placed = engine.ops.place(replace(batch, logits_rows=rows))
                 taken = engine.ops.take_rows(hidden, placed.logits_rows)
-                part = engine.ops.linear(taken, engine.weights.output)
+                part = engine.ops.logits(taken, engine.weights.output)
                 logits[first - first_wanted : last - first_wanted] = engine.ops.to_host(part)
             sequence.num_computed_tokens += size
         return logits

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orcd_batch.backend.ops import BLOCK_SIZE, Batch, Ops, SampleBatch, Sampled
-from orcd_batch.engine.batch_arrays import make_batch, make_sample_batch
+from orcd_batch.engine.batch_arrays import make_batch, make_copies, make_sample_batch
 from orcd_batch.engine.block_manager import BlockManager
 from orcd_batch.engine.request import Completion, Request
 from orcd_batch.engine.scheduler import Chunk, Scheduler
@@ -131,6 +131,9 @@ class Engine:
     def _launch(self, chunks: Items[Chunk]) -> None:
         sampling = [chunk.sequence for chunk in chunks if chunk.gives_logits]
         batch = make_batch(chunks)
+        copies = make_copies(chunks)
+        if copies is not None:
+            self.ops.copy_blocks(self.caches, copies)
         results = self.ops.launch(
             self._compute, batch, make_sample_batch(sampling) if sampling else None
         )

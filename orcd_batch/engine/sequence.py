@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from orcd_batch.engine.block_manager import BlockCopy
 from orcd_batch.engine.request import Completion, FinishReason, Request, StopCheck
 
 
@@ -17,6 +18,8 @@ class Sequence:
     the cache blocks of positions 0, 64, 128, …, reserved in full on admission. seen_ids: distinct
     token ids so far, kept only where a repetition penalty asks for them. num_pending: tokens that
     launched steps sample and nobody has read yet, the last one in row pending_row of its step.
+    copy: what must be copied into its blocks before its first step. num_admitted_before: sequences
+    that the scheduler had admitted when this one was queued.
     """
 
     request: Request
@@ -30,6 +33,9 @@ class Sequence:
     pending_row: int = 0
     is_finished: bool = False
     block_table: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    copy: BlockCopy | None = None
+    is_admitted: bool = False
+    num_admitted_before: int = 0
 
     @classmethod
     def of(cls, request: Request, max_model_len: int) -> "Sequence":

@@ -15,7 +15,7 @@ def forward(
     batch: placed by `ops.place`. caches: one per layer. R rows are those of batch.logits_rows.
     """
     hidden = hidden_states(ops, config, weights, caches, batch)
-    return ops.linear(ops.take_rows(hidden, batch.logits_rows), weights.output)
+    return ops.logits(ops.take_rows(hidden, batch.logits_rows), weights.output)
 
 
 def hidden_states(
@@ -24,15 +24,11 @@ def hidden_states(
     """As `forward`, up to the last norm: (T, C), what the output projection takes."""
     eps = config.rms_norm_eps
     x = ops.embedding(batch.token_ids, weights.token_embd)
-    normed = ops.rms_norm(x, weights.layers[0].attn_norm, eps)
-    next_norms = [layer.attn_norm for layer in weights.layers[1:]] + [weights.output_norm]
-    for layer, cache, next_norm in zip(weights.layers, caches, next_norms, strict=True):
-        qkv = ops.linear(normed, layer.attn_qkv)
+    for layer, cache in zip(weights.layers, caches, strict=True):
+        qkv = ops.linear(ops.rms_norm(x, layer.attn_norm, eps), layer.attn_qkv)
         q = ops.rope_and_cache(qkv, layer.attn_qkv_bias, weights.rope_table, cache, batch)
         attended = ops.attention(q, cache, batch, config.sliding_window)
-        projected = ops.linear(attended, layer.attn_output)
-        normed = ops.add_rms_norm(x, projected, layer.ffn_norm, eps)
-        gate_up = ops.linear(normed, layer.ffn_gate_up)
-        down = ops.linear(ops.swiglu(gate_up), layer.ffn_down)
-        normed = ops.add_rms_norm(x, down, next_norm, eps)
-    return normed
+        ops.linear_add(attended, layer.attn_output, x)
+        gate_up = ops.linear(ops.rms_norm(x, layer.ffn_norm, eps), layer.ffn_gate_up)
+        ops.linear_add(ops.swiglu(gate_up), layer.ffn_down, x)
+    return ops.rms_norm(x, weights.output_norm, eps)

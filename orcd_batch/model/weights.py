@@ -116,6 +116,8 @@ class _Loader:
             tensor.ggml_type,
             (rows, row_length),
             source.rope_head_dim,
+            self._gguf.file,
+            tensor.offset,
         )
 
     def _no_bias(self) -> TensorPart:

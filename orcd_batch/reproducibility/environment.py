@@ -91,16 +91,29 @@ def code_hash() -> str:
 
     The same in a checkout, where kernels/ lies beside the package, and in an installed wheel.
     """
+    digest = hashlib.sha256(b"orcd_batch code\n")
+    for name, path in _source_files().items():
+        content = path.read_bytes()
+        digest.update(f"{name}\n{len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def source_hashes() -> dict[str, str]:
+    """The SHA-256 (first 16 hex digits) of each file that `code_hash` covers, by its name."""
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for name, path in _source_files().items()
+    }
+
+
+def _source_files() -> dict[str, Path]:
+    """Names in order: relative to the package, kernels/ being part of it wherever it lies."""
     package = _package()
     files = {path.relative_to(package).as_posix(): path for path in package.rglob("*")}
     kernels = package.parent / "kernels"
     if not (package / "kernels").is_dir() and kernels.is_dir():
         files |= {f"kernels/{p.relative_to(kernels).as_posix()}": p for p in kernels.rglob("*")}
-    digest = hashlib.sha256(b"orcd_batch code\n")
-    for name in sorted(name for name in files if name.endswith(_SOURCE_SUFFIXES)):
-        content = files[name].read_bytes()
-        digest.update(f"{name}\n{len(content)}\n".encode() + content)
-    return digest.hexdigest()
+    return {name: files[name] for name in sorted(files) if name.endswith(_SOURCE_SUFFIXES)}
 
 
 def _package() -> Path:

@@ -1,18 +1,24 @@
-"""Tables over finished runs: what each produced, and how far they agree with each other."""
+"""What finished runs produced, how far they agree, and for a sweep how its variants differ."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from itertools import combinations
 from typing import Any
 
-import pyarrow.compute as pc
-
-from orcd_batch.data.manifest import shortened
+from orcd_batch.reproducibility.report_page import render_terminal
+from orcd_batch.reproducibility.report_statistics import RunStatistics, gather
 from orcd_batch.reproducibility.run_output import RunOutput, find_outputs, num_passes
+from orcd_batch.reproducibility.sweep_directory import Sweep, SweepJob, find_sweep, is_sweep
+from orcd_batch.reproducibility.variants import VariantStatistics, compare_variants
 from orcd_batch.reproducibility.verify import match
 
-__all__ = ["Agreement", "Report", "RunSummary", "as_dict", "render", "report"]
+__all__ = ["Agreement", "Report", "RunSummary", "VariantGroup", "as_dict", "render", "report"]
+
+SEED = "sampling.seed"
+# With more runs than this not every pair is compared.
+MAX_COMPARED_RUNS = 48
 
 
 @dataclass(slots=True)
@@ -20,7 +26,8 @@ class RunSummary:
     """One run. num_rows counts output rows (samples); the means are over rows without an error.
 
     mean_tokens: completion tokens a row. mean_logprob: natural log, per token. model, engine,
-    sampling, tokens_per_s and run_hash are the manifest's.
+    sampling, tokens_per_s and run_hash are the manifest's. job_id and parameters: of a sweep's job;
+    shared_with: how many other jobs ran together with it, so that its rate says little.
     """
 
     path: str
@@ -35,6 +42,9 @@ class RunSummary:
     mean_logprob: float | None = None
     finish_reasons: dict[str, int] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
+    shared_with: int = 0
+    job_id: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +59,28 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
+class VariantGroup:
+    """Runs that differ in their seed alone. runs: positions; parameters: what they share."""
+
+    parameters: dict[str, Any]
+    runs: list[int]
+    variants: VariantStatistics
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """The runs in the order given, and the agreement of every pair (by position in `runs`)."""
+    """The runs in the order given, and the agreement of every pair (by position in `runs`).
+
+    statistics and manifests: one per run. sweep: when one sweep's directory was named; groups:
+    its runs by everything but the seed (one group of one run for a run with several samples).
+    """
 
     runs: list[RunSummary]
     agreements: list[Agreement]
+    statistics: list[RunStatistics] = field(default_factory=list)
+    manifests: list[dict[str, Any]] = field(default_factory=list)
+    sweep: Sweep | None = None
+    groups: list[VariantGroup] = field(default_factory=list)
 
 
 def report(runs: Sequence[str]) -> Report:
@@ -61,61 +88,126 @@ def report(runs: Sequence[str]) -> Report:
 
     Raises InputError for a path that holds no complete run.
     """
-    outputs = [RunOutput(path) for run in runs for path in find_outputs(run)]
-    found = Report([_summary(output) for output in outputs], _agreements(outputs))
-    for output in outputs:
-        output.close()
-    return found
+    sweep = find_sweep(runs[0]) if len(runs) == 1 and is_sweep(runs[0]) else None
+    jobs = {job.output: job for job in sweep.jobs} if sweep else {}
+    paths = list(jobs) or [path for run in runs for path in _outputs(run)]
+    with ExitStack() as stack:
+        outputs = []
+        for path in paths:
+            outputs.append(RunOutput(path))
+            stack.callback(outputs[-1].close)
+        statistics = [gather(output) for output in outputs]
+        summaries = [
+            _summary(output, found, jobs.get(path))
+            for output, found, path in zip(outputs, statistics, paths, strict=True)
+        ]
+        manifests = [output.manifest for output in outputs]
+        groups = list(_groups(outputs, summaries, sweep))
+        agreements = _agreements(outputs) if len(outputs) <= MAX_COMPARED_RUNS else []
+        return Report(summaries, agreements, statistics, manifests, sweep, groups)
 
 
 def as_dict(found: Report) -> dict[str, Any]:
-    """The report as plain JSON values."""
-    return asdict(found)
+    """The report's key figures as plain JSON values."""
+    document: dict[str, Any] = {
+        "runs": [asdict(run) for run in found.runs],
+        "agreements": [asdict(pair) for pair in found.agreements],
+    }
+    if found.groups:
+        document["groups"] = [_group_figures(group) for group in found.groups]
+    if found.sweep:
+        document["unfinished"] = [asdict(job) for job in found.sweep.unfinished]
+    return document
 
 
 def render(found: Report) -> Any:
-    """A rich renderable: the runs, their results beside the sampling that differs, agreement."""
-    from rich.console import Group
+    """A rich renderable: the report's tables."""
+    from orcd_batch.reproducibility.report_contents import contents
 
-    parts = [_runs_table(found), _results_table(found)]
-    if found.agreements:
-        parts.append(_agreement_table(found))
-    return Group(*parts)
+    return render_terminal(contents(found, figures=False))
 
 
-def _summary(output: RunOutput) -> RunSummary:
+def timings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A run's statistics; those of its whole group where jobs of a sweep ran together."""
+    own = section(manifest, "statistics")
+    return {**own, **section(own, "group")}
+
+
+def busy_seconds(manifests: Sequence[dict[str, Any]]) -> float | None:
+    """Seconds in which any of the runs generated; less than their sum where they overlapped.
+
+    None when one does not say.
+    """
+    spans: dict[str, tuple[float, float]] = {}
+    for index, manifest in enumerate(manifests):
+        facts = timings(manifest)
+        seconds, ended = facts.get("generate_s"), facts.get("ended")
+        if not isinstance(seconds, int | float) or not isinstance(ended, str):
+            return None
+        end = datetime.fromisoformat(ended).timestamp()
+        group = section(manifest, "statistics").get("group")
+        spans[repr(group) if group else f"run {index}"] = end - seconds, end
+    total = sum(end - start for start, end in spans.values())
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(spans.values()):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    # `ended` is rounded to a second: a small overlap is only that.
+    return covered if covered < total - len(spans) else total
+
+
+def section(document: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The nested object of these names, or an empty one."""
+    for name in names:
+        inner = document.get(name)
+        document = inner if isinstance(inner, dict) else {}
+    return document
+
+
+def _outputs(path: str) -> list[str]:
+    if is_sweep(path):
+        return [job.output for job in find_sweep(path).jobs] or find_outputs(path)
+    return find_outputs(path)
+
+
+def _summary(output: RunOutput, found: RunStatistics, job: SweepJob | None) -> RunSummary:
     manifest = output.manifest
-    identity = _section(manifest, "identity")
-    rate = _section(manifest, "statistics").get("tokens_per_s")
-    summary = RunSummary(
+    rate = section(manifest, "statistics").get("tokens_per_s")
+    return RunSummary(
         path=output.path,
-        model=_section(manifest, "model").get("name"),
-        engine=identity.get("engine"),
-        sampling=_section(identity, "sampling"),
+        model=section(manifest, "model").get("name"),
+        engine=section(manifest, "identity").get("engine"),
+        sampling=section(manifest, "identity", "sampling"),
         run_hash=manifest.get("run_hash"),
         tokens_per_s=float(rate) if isinstance(rate, int | float) else None,
         num_rows=output.num_rows,
+        num_tokens=found.num_tokens,
+        mean_tokens=found.num_tokens / found.num_good if found.num_good else None,
+        mean_logprob=found.logprob / found.num_tokens if found.num_tokens else None,
+        finish_reasons=dict(sorted(found.finish_reasons.items())),
+        errors=dict(sorted(found.error_kinds.items())),
+        shared_with=int(section(manifest, "statistics").get("shared_with") or 0),
+        job_id=job.job_id if job else None,
+        parameters=dict(job.parameters) if job else {},
     )
-    reasons: Counter[str] = Counter()
-    errors: Counter[str] = Counter()
-    logprob = 0.0
-    columns = ("finish_reason", "completion_tokens", "logprob", "error_kind")
-    for _, batch in output.batches(columns):
-        reasons.update(batch.column(0).to_pylist())
-        summary.num_tokens += pc.sum(batch.column(1)).as_py() or 0
-        logprob += pc.sum(batch.column(2)).as_py() or 0.0
-        errors.update(kind for kind in batch.column(3).to_pylist() if kind is not None)
-    summary.finish_reasons = dict(sorted(reasons.items()))
-    summary.errors = dict(sorted(errors.items()))
-    good = output.num_rows - errors.total()
-    summary.mean_tokens = summary.num_tokens / good if good else None
-    summary.mean_logprob = logprob / summary.num_tokens if summary.num_tokens else None
-    return summary
 
 
-def _section(document: dict[str, Any], name: str) -> dict[str, Any]:
-    section = document.get(name)
-    return section if isinstance(section, dict) else {}
+def _groups(
+    outputs: Sequence[RunOutput], runs: Sequence[RunSummary], sweep: Sweep | None
+) -> Iterator[VariantGroup]:
+    """The runs of a sweep by what they share apart from the seed; else the one run there is."""
+    if sweep is None and len(outputs) > 1:
+        return
+    members: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        shared = {name: value for name, value in run.parameters.items() if name != SEED}
+        input_hash = section(outputs[index].manifest, "identity").get("input_hash")
+        members.setdefault(repr((shared, input_hash, outputs[index].num_rows)), []).append(index)
+    for chosen in members.values():
+        shared = {k: v for k, v in runs[chosen[0]].parameters.items() if k != SEED}
+        variants = compare_variants([outputs[index] for index in chosen])
+        if sweep is not None or variants.num_pairs:
+            yield VariantGroup(shared, chosen, variants)
 
 
 def _agreements(outputs: Sequence[RunOutput]) -> list[Agreement]:
@@ -132,77 +224,18 @@ def _agreements(outputs: Sequence[RunOutput]) -> list[Agreement]:
     return [Agreement(*pair, *counts[pair]) for pair in pairs]
 
 
-def _runs_table(found: Report) -> Any:
-    """What each run was: one line a run, so that long paths and hashes have room."""
-    table = _table("Runs", ("#", "run", "model", "engine", "run hash"))
-    for number, run in enumerate(found.runs):
-        _add(table, number, run.path, run.model, run.engine, (run.run_hash or "–")[:12])
-    return table
-
-
-def _results_table(found: Report) -> Any:
-    """What each run gave, in numbers."""
-    varying = _varying_sampling(found.runs)
-    names = ("rows", "errors", "finish", "tokens", "tok/s", "tokens/row", "logprob/token")
-    table = _table("Results", ("#", *varying, *names))
-    for number, run in enumerate(found.runs):
-        _add(
-            table,
-            number,
-            *(shortened(run.sampling.get(name)) for name in varying),
-            f"{run.num_rows:,}",
-            _counted(run.errors) or "0",
-            _counted(run.finish_reasons),
-            f"{run.num_tokens:,}",
-            _rounded(run.tokens_per_s, 1),
-            _rounded(run.mean_tokens, 1),
-            _rounded(run.mean_logprob, 4),
-        )
-    return table
-
-
-def _varying_sampling(runs: Sequence[RunSummary]) -> list[str]:
-    """The sampling options that differ between the runs; all that are set when there is one run."""
-    names = dict.fromkeys(name for run in runs for name in run.sampling)
-    shown = [name for name in names if len({repr(run.sampling.get(name)) for run in runs}) > 1]
-    return shown if len(runs) > 1 else [name for name in names if name in ("temperature", "seed")]
-
-
-def _agreement_table(found: Report) -> Any:
-    table = _table("Agreement of shared samples", ("runs", "shared", "same tokens", "same bits"))
-    for pair in found.agreements:
-        _add(
-            table,
-            f"{pair.a} and {pair.b}",
-            f"{pair.num_shared:,}",
-            _share(pair.num_same_tokens, pair.num_shared),
-            _share(pair.num_same_bits, pair.num_shared),
-        )
-    return table
-
-
-def _table(title: str, columns: Sequence[str]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
-
-
-def _add(table: Any, *cells: object) -> None:
-    from rich.text import Text
-
-    table.add_row(*(Text("–" if cell is None else str(cell)) for cell in cells))
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
-
-
-def _rounded(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part:,} ({100 * part / whole:.2f} %)" if whole else "–"
+def _group_figures(group: VariantGroup) -> dict[str, Any]:
+    found = group.variants
+    return {
+        "parameters": group.parameters,
+        "runs": group.runs,
+        "prompts": found.num_prompts,
+        "variants": found.num_variants,
+        "same_tokens": found.same_tokens,
+        "same_bits": found.same_bits,
+        "distinct_completions": found.distinct_completions,
+        "distinct_1": found.distinct_1,
+        "distinct_2": found.distinct_2,
+        "mean_divergence": found.mean_divergence,
+        "mean_edit_distance": found.mean_edit_distance,
+    }

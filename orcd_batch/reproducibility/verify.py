@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from orcd_batch.data.manifest import differences
 from orcd_batch.reproducibility.run_output import RunOutput, num_passes
-from orcd_batch.reproducibility.verify_text import render
+from orcd_batch.reproducibility.verify_text import explanation, render
 
-__all__ = ["Comparison", "RowDifference", "as_dict", "compare", "render"]
+__all__ = ["Comparison", "RowDifference", "as_dict", "compare", "explanation", "render"]
 
 # Manifest fields that follow from a run, or say where and how fast it went: they explain nothing.
 _NOT_EXPLAINING = frozenset(
@@ -165,7 +165,8 @@ def explaining_differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[s
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON values."""
-    document = {"equal": comparison.equal, **asdict(comparison)}
+    document = {"equal": comparison.equal, "explanation": explanation(comparison)}
+    document |= asdict(comparison)
     document["manifest_differences"] = {
         name: {"a": ours, "b": theirs} for name, ours, theirs in comparison.manifest_differences
     }

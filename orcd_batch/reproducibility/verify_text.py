@@ -31,6 +31,48 @@ def render(comparison: "Comparison") -> Any:
     return Group(*parts)
 
 
+def explanation(comparison: "Comparison", a: str = "A", b: str = "B") -> str:
+    """The comparison as one sentence without its end: how many rows, which kind, the first of them.
+
+    a, b: what the two sides are called.
+    """
+    if comparison.equal:
+        return f"all {comparison.num_equal:,} rows are equal, tokens and numerics, bit for bit"
+    counts = (
+        (comparison.num_tokens_differ, "differ in tokens"),
+        (comparison.num_numerics_differ, "differ in numerics only"),
+        (comparison.num_only_a, f"are only in {a}"),
+        (comparison.num_only_b, f"are only in {b}"),
+    )
+    found = [
+        f"{number:,} of {_rows(comparison):,} rows {what}" for number, what in counts if number
+    ]
+    first = (
+        f"; the first is {_first(comparison.differing[0], a, b)}" if comparison.differing else ""
+    )
+    return ", ".join(found) + first
+
+
+def _rows(comparison: "Comparison") -> int:
+    return comparison.num_rows_a + comparison.num_only_b
+
+
+def _first(row: "RowDifference", a: str, b: str) -> str:
+    """One differing row: its id, the position, what is there on each side, and how close it was."""
+    name = f"id {row.id!r}" + (f" sample {row.sample_index}" if row.sample_index else "")
+    if row.kind == "error":
+        return f"{name}: {row.error_a or 'ran'} in {a}, {row.error_b or 'ran'} in {b}"
+    if row.kind == "prompt":
+        return f"{name}: the prompts' tokens differ"
+    margins = f"margin {_shown(row.margin_a)} in {a}, {_shown(row.margin_b)} in {b}"
+    if row.kind == "numerics":
+        return f"{name}: same tokens, other logits from position {row.position} on ({margins})"
+    tokens = f"{_shown(row.token_a)} in {a}, {_shown(row.token_b)} in {b}"
+    before = row.numerics_position
+    since = f"; other logits since position {before}" if before not in (None, row.position) else ""
+    return f"{name}: token {tokens} at position {row.position} ({margins}{since})"
+
+
 def _verdict(comparison: "Comparison") -> str:
     if comparison.equal:
         return f"Equal: all {comparison.num_equal:,} rows, tokens and numerics, bit for bit."

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import date as Date
 from typing import Any, Self
 
@@ -75,6 +76,13 @@ class ChatTemplate:
         text: str = answer["text"]
         return text
 
+    def start(self) -> None:
+        """Starts the process in the background, so that the first `render` need not wait for it.
+
+        What goes wrong with it is told by `render`.
+        """
+        threading.Thread(target=self._start, name="chat-template", daemon=True).start()
+
     def close(self) -> None:
         """End the process; a second call does nothing."""
         with self._lock:
@@ -105,6 +113,11 @@ class ChatTemplate:
                     f"The messages cannot be given to a template ({error}); {_NEXT_STEP}"
                 ) from error
         raise AssertionError("the second try neither answered nor failed")
+
+    def _start(self) -> None:
+        with self._lock, suppress(TemplateError, WorkerDied):
+            if not self._closed:
+                self._running()
 
     def _running(self) -> TemplateProcess:
         """The process, started if need be; a template that is bad in itself is not tried again."""

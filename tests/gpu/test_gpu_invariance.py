@@ -31,8 +31,7 @@ def normal(seed: int, *shape: int) -> NDArray[np.float32]:
 
 ROW_OPS = {
     "rms_norm": lambda ops, x, w: ops.rms_norm(x, w, 1e-5),
-    "add_rms_norm": lambda ops, x, w: ops.add_rms_norm(x, put(ops, "d", ops.to_host(x)), w, 1e-5),
-    "swiglu": lambda ops, x, w: ops.swiglu(x),
+    "swiglu": lambda ops, x, w: ops.swiglu(put(ops, "h", ops.to_host(x).astype(np.float16))),
 }
 
 
@@ -126,8 +125,10 @@ def test_attention_does_not_depend_on_how_it_is_laid_out(
 
     problem = attention_problem(14, 2, 64, [(900, 1), (400, 400), (65, 1), (2000, 1)])
     whole = attend(ops, problem)
+    monkeypatch.setattr(layout, "USE_WGMMA", False)
     monkeypatch.setattr(layout, "MAX_DECODE_WARPS", warps)
     monkeypatch.setattr(layout, "DECODE_STAGES", stages)
+    monkeypatch.setattr(layout, "FEW_DECODE_STAGES", stages)
     monkeypatch.setattr(layout, "PREFILL_WARPS", warps)
     monkeypatch.setattr(layout, "PREFILL_STAGES", stages)
     monkeypatch.setattr(ops.device, "sm_count", sm_count)
@@ -141,8 +142,34 @@ def test_attention_does_not_depend_on_the_row_tiles_of_a_warp(
 
     problem = attention_problem(9, 3, 64, [(500, 500), (70, 2)])
     whole = attend(ops, problem)
+    monkeypatch.setattr(layout, "USE_WGMMA", False)
     monkeypatch.setattr(layout, "PREFILL_ROW_TILES", 2)
     np.testing.assert_array_equal(attend(ops, problem), whole)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [*HEADS, (2, 2, 112), (3, 3, 16)]
+)
+@pytest.mark.parametrize("window", [0, 1, 65, 300])
+def test_prefill_with_wgmma_gives_the_bits_of_the_generic_kernel(
+    ops: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+) -> None:
+    from orcd_batch.backend.cuda import attention as layout
+
+    if ops.device.compute_capability != (9, 0):
+        pytest.skip("wgmma is Hopper's")
+    sequences = [(1, 1), (2, 2), (65, 65), (300, 1), (513, 2), (200, 7), (130, 130), (1500, 777)]
+    problem = attention_problem(num_heads, num_kv_heads, head_dim, sequences)
+    monkeypatch.setattr(layout, "USE_WGMMA", False)
+    generic = attend(ops, problem, window)
+    monkeypatch.setattr(layout, "USE_WGMMA", True)
+    for _ in range(3):
+        np.testing.assert_array_equal(attend(ops, problem, window), generic)
 
 
 def test_attention_repeats_itself(ops: Any) -> None:

@@ -1,5 +1,6 @@
 """Matrix products: right, and one and the same bits whatever M, tile or algorithm."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,33 @@ def operands(rows: int, n: int, k: int) -> tuple[NDArray[np.float16], NDArray[np
     return rng.standard_normal((rows, k), np.float32).astype(np.float16), w
 
 
+def place(ops: Any, x: NDArray[Any], name: str = "x") -> Any:
+    (placed,) = ops.staging.place(f"linear_test_{name}", [x])
+    return placed
+
+
+def run_logits(ops: Any, x: NDArray[np.float16], weight: Any) -> NDArray[np.float32]:
+    return ops.to_host(ops.logits(place(ops, x), weight))
+
+
 def run_linear(ops: Any, x: NDArray[np.float16], weight: Any) -> NDArray[np.float32]:
-    (placed,) = ops.staging.place("linear_test_x", [x])
-    return ops.to_host(ops.linear(placed, weight))
+    return ops.to_host(ops.linear(place(ops, x), weight))
+
+
+def run_add(
+    ops: Any, x: NDArray[np.float16], weight: Any, residual: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    placed = place(ops, residual, "residual")
+    ops.linear_add(place(ops, x), weight, placed)
+    return ops.to_host(placed)
 
 
 def run_tile(ops: Any, x: NDArray[np.float16], weight: Any, tile: Any) -> NDArray[np.float32]:
     from orcd_batch.backend.cuda.array import FP32
     from orcd_batch.backend.cuda.gemm_k16 import gemm_k16
 
-    (placed,) = ops.staging.place("linear_test_x", [x])
     y = ops.workspace.take("linear_test_y", (x.shape[0], weight.shape[0]), FP32)
-    gemm_k16(ops.kernels, placed, weight, y, tile)
+    gemm_k16(ops.kernels, place(ops, x), weight, y, tile=tile)
     return ops.to_host(y)
 
 
@@ -50,9 +66,58 @@ def test_every_product_has_the_bits_of_one_row_alone(ops: Any, n: int, k: int) -
     assert np.max(np.abs(expected - exact) / scale) < 2e-6 * np.sqrt(k)
     for tile in TILES[1:]:
         np.testing.assert_array_equal(run_tile(ops, x, weight, tile), expected)
-    for rows in ROWS:
-        np.testing.assert_array_equal(run_linear(ops, x[:rows], weight), expected[:rows])
-    np.testing.assert_array_equal(run_linear(ops, x[9:10], weight), expected[9:10])
+    rounded = expected.astype(np.float16).astype(np.float32)
+    residual = np.random.default_rng(n).standard_normal(expected.shape, np.float32)
+    for rows in (slice(0, count) for count in ROWS):
+        np.testing.assert_array_equal(run_logits(ops, x[rows], weight), expected[rows])
+    for rows in (slice(0, count) for count in (1, 3, 8, 17, 300)):
+        np.testing.assert_array_equal(run_linear(ops, x[rows], weight), rounded[rows])
+        added = run_add(ops, x[rows], weight, residual[rows])
+        np.testing.assert_array_equal(added, expected[rows] + residual[rows])
+    np.testing.assert_array_equal(run_logits(ops, x[9:10], weight), expected[9:10])
+
+
+@pytest.mark.parametrize("output", ["FP32", "FP16", "ADD"])
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (1000, 320), (33, 64), *REAL_SHAPES, (32064, 576)])
+def test_the_product_for_few_rows_has_the_bits_of_gemm_k16(
+    ops: Any, n: int, k: int, output: str
+) -> None:
+    from orcd_batch.backend.cuda.few_rows import MAX_ROWS, few_rows, few_rows_shape
+    from orcd_batch.backend.cuda.gemm_k16 import gemm_k16
+    from orcd_batch.backend.cuda.product import Output
+
+    kind = Output[output]
+    if ops.device.compute_capability < (9, 0):
+        pytest.skip("few_rows needs bulk copies, which come with sm_90")
+    assert (few_rows_shape(ops.device, (n, k), 1) is None) == (n % 8 != 0)
+    assert few_rows_shape(ops.device, (n, k), MAX_ROWS + 1) is None
+    x, w = operands(MAX_ROWS, n, k)
+    weight = put_weight(ops, w)
+    before = np.random.default_rng(k).standard_normal((MAX_ROWS, n), np.float32)
+    for rows in range(1, MAX_ROWS + 1):
+        layout = few_rows_shape(ops.device, (n, k), rows)
+        if layout is None:
+            continue
+        found = []
+        for run in (
+            lambda *args, layout=layout: few_rows(ops.kernels, layout, *args, kind),
+            lambda *args: gemm_k16(ops.kernels, *args, kind),
+        ):
+            y = place(ops, before[:rows].astype(kind.dtype), "y")
+            run(place(ops, x[:rows]), weight, y)
+            found.append(ops.to_host(y))
+        np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 100])
+def test_an_output_beyond_fp16_is_infinite_and_its_neighbours_are_not(ops: Any, rows: int) -> None:
+    x, w = operands(rows, 576, 1536)
+    w[5], w[6] = 60_000, -60_000
+    x[:] = np.abs(x)
+    y = run_linear(ops, x, put_weight(ops, w))
+    assert (y[:, 5] == np.inf).all()
+    assert (y[:, 6] == -np.inf).all()
+    assert np.isfinite(np.delete(y, [5, 6], axis=1)).all()
 
 
 def test_nothing_of_split_k_or_algorithm_16_is_in_use(ops: Any) -> None:
@@ -63,27 +128,40 @@ def test_nothing_of_split_k_or_algorithm_16_is_in_use(ops: Any) -> None:
     algorithms = [record["algorithm"] for record in records.values()]
     assert algorithms
     for algorithm in algorithms:
-        assert algorithm == "gemm_k16" or (algorithm["SPLITK_NUM"] <= 1 and algorithm["ID"] != 16)
+        assert algorithm in ("gemm_k16", "few_rows") or (
+            algorithm["SPLITK_NUM"] <= 1 and algorithm["ID"] != 16
+        )
 
 
-def test_an_algorithm_that_disagrees_is_dropped(device: Any) -> None:
-    from orcd_batch.backend.cuda.array import FP32
+@pytest.mark.parametrize("output", ["FP32", "FP16", "ADD"])
+def test_a_product_that_disagrees_is_dropped(device: Any, output: str) -> None:
+    from orcd_batch.backend.cuda.product import Output
     from orcd_batch.backend.cuda.program import Kernels
-    from orcd_batch.backend.cuda.self_test import SelfTest
+    from orcd_batch.backend.cuda.self_test import Candidate, SelfTest
     from orcd_batch.backend.cuda.staging import Staging
     from orcd_batch.backend.cuda.workspace import Workspace
+    from orcd_batch.errors import DeviceError
 
+    def refuse(*_: Any) -> None:
+        raise DeviceError("not supported")
+
+    kind = Output[output]
     kernels, workspace = Kernels(device), Workspace(device)
     staging = Staging(device, workspace)
     _, w = operands(1, 576, 1536)
     (weight,) = staging.place("w", [w])
-    y = workspace.take("y", (4, 576), FP32)
-    test = SelfTest(device, kernels, [weight], y)
-    best, record = test.choose(_WrongLibrary(), 3, 4)  # type: ignore[arg-type]
+    y = workspace.take("y", (4, 576), kind.dtype)
+    test = SelfTest(device, kernels, [weight], y, kind)
+    wrong = [Candidate("00", {"ID": 1}, lambda *_: None), Candidate("01", {"ID": 2}, refuse)]
+    best, record = test.choose(wrong, 3, 4)
     assert best is None
     assert record["algorithm"] == "gemm_k16"
     assert record["candidates"] == 1
     assert record["dropped"] == [{"ID": 1}]
+    best, record = test.choose([*wrong, Candidate("02", {"ID": 3}, test.reference)], 3, 4)
+    assert best is not None
+    assert best.code == "02"
+    assert record["equal_to_gemm_k16"] == 1
     test.close()
     staging.close()
 
@@ -93,8 +171,9 @@ def test_the_self_test_finds_algorithm_16_by_itself(
 ) -> None:
     from orcd_batch.backend.cuda import cublas
     from orcd_batch.backend.cuda.array import FP32
+    from orcd_batch.backend.cuda.product import Output
     from orcd_batch.backend.cuda.program import Kernels
-    from orcd_batch.backend.cuda.self_test import SelfTest
+    from orcd_batch.backend.cuda.self_test import Candidate, SelfTest
     from orcd_batch.backend.cuda.staging import Staging
     from orcd_batch.backend.cuda.workspace import Workspace
 
@@ -104,27 +183,16 @@ def test_the_self_test_finds_algorithm_16_by_itself(
     _, w = operands(1, 896, 4864)
     (weight,) = staging.place("w", [w])
     test = SelfTest(device, kernels, [weight], workspace.take("y", (16, 896), FP32))
-    if not [a for a in library.candidates(16, w.shape) if a.config["ID"] == 16]:
+    candidates = [
+        Candidate(a.code, a.config, partial(library.run, a))
+        for a in library.candidates(16, w.shape, Output.FP32)
+    ]
+    if not [candidate for candidate in candidates if candidate.config["ID"] == 16]:
         pytest.skip("this cuBLASLt does not offer algorithm 16 for this shape")
-    best, _ = test.choose(library, 9, 16)
+    best, _ = test.choose(candidates, 9, 16)
     assert best is None or best.config["ID"] != 16
     for resource in (test, library, staging):
         resource.close()
-
-
-class _WrongLibrary:
-    """Offers one algorithm that writes nothing and one that refuses."""
-
-    def candidates(self, num_rows: int, weight_shape: tuple[int, int]) -> list[Any]:
-        from orcd_batch.backend.cuda.cublas import Algorithm
-
-        return [Algorithm("00", {"ID": 1}), Algorithm("01", {"ID": 2})]
-
-    def run(self, algorithm: Any, x: Any, weight: Any, y: Any) -> None:
-        from orcd_batch.errors import DeviceError
-
-        if algorithm.config["ID"] == 2:
-            raise DeviceError("not supported")
 
 
 def test_a_product_of_no_rows_is_empty(ops: Any) -> None:
@@ -159,7 +227,7 @@ def test_a_stored_choice_is_used_again_without_a_test(
 
 
 def test_a_graph_replays_a_product_with_the_same_bits(ops: Any) -> None:
-    from orcd_batch.backend.cuda.array import FP32
+    from orcd_batch.backend.cuda.array import FP16
     from orcd_batch.backend.cuda.graph import Graph
 
     x, w = operands(16, 960, 576)
@@ -167,9 +235,9 @@ def test_a_graph_replays_a_product_with_the_same_bits(ops: Any) -> None:
     expected = run_linear(ops, x, weight)
     (placed,) = ops.staging.place("linear_test_x", [x])
     graph = Graph(ops.device, lambda: ops.linear(placed, weight))
-    ops.staging.place("linear_960", [np.zeros((16, 960), np.float32)])
+    ops.staging.place("linear_960_fp16", [np.zeros((16, 960), np.float16)])
     for _ in range(3):
         graph.launch()
-    y = ops.workspace.take("linear_960", (16, 960), FP32)
+    y = ops.workspace.take("linear_960_fp16", (16, 960), FP16)
     np.testing.assert_array_equal(ops.to_host(y), expected)
     graph.close()

@@ -1,6 +1,10 @@
 """Weights on the GPU equal gguf's own dequantization, rounded to fp16, whatever way they came."""
 
+import os
 from collections.abc import Iterator
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from support.random_blocks import draw
 
+from orcd_batch.backend.numpy_dequantize import dequantize_rows
 from orcd_batch.backend.ops import TensorPart
 from orcd_batch.errors import CheckpointError, DeviceError
 
@@ -90,16 +95,16 @@ def test_a_vector_stays_fp32_and_follows_its_rows(loading: Loading) -> None:
         TensorPart(name, values.view(np.uint8), "F32", (values.size, 1), head_dim)
         for name, values, head_dim in (
             ("attn_q.bias", np.arange(16, dtype=np.float32), 8),
-            ("attn_v.bias", np.full(3, 1e30, np.float32), 0),
+            ("attn_v.bias", np.full(3, 6e4, np.float32), 0),
         )
     )
     vector = loading.loader.load_vector([first, second])
     loading.loader.finish()
-    expected = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, *[np.float32(1e30)] * 3]
+    expected = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, *[np.float32(6e4)] * 3]
     np.testing.assert_array_equal(loading.staging.fetch(vector), np.array(expected, np.float32))
 
 
-@pytest.mark.parametrize("bad", [65520.0, -1e9, np.inf, np.nan])
+@pytest.mark.parametrize("bad", [65504.004, 65519.0, -1e9, np.inf, np.nan])
 def test_a_value_beyond_fp16_is_refused_by_tensor_name_and_frees_everything(
     loading: Loading, bad: float
 ) -> None:
@@ -110,16 +115,52 @@ def test_a_value_beyond_fp16_is_refused_by_tensor_name_and_frees_everything(
     part = TensorPart("blk.3.ffn_down.weight", values.reshape(-1).view(np.uint8), "F32", (300, 64))
     loading.loader.load_linear([good])
     loading.loader.load_linear([part])
-    with pytest.raises(CheckpointError, match=r"blk\.3\.ffn_down\.weight.*fp16"):
+    with pytest.raises(CheckpointError) as refused:
         loading.loader.finish()
+    with pytest.raises(CheckpointError) as refused_by_numpy:
+        dequantize_rows(part, 0, 300)
+    assert str(refused.value) == str(refused_by_numpy.value)
     assert loading.device.memory_by_use() == {}
     assert loading.device.memory_info().free >= free
 
 
-def test_the_largest_fp16_value_is_accepted(loading: Loading) -> None:
-    values = np.full((8, 8), 65519.0, np.float32)
+def test_the_largest_fp16_values_are_accepted(loading: Loading) -> None:
+    values = np.full((8, 8), 65504.0, np.float32)
+    values[::2] *= -1
     part = TensorPart("w", values.reshape(-1).view(np.uint8), "F32", (8, 8))
-    assert (loading.linear(part) == np.float16(65504)).all()
+    np.testing.assert_array_equal(loading.linear(part), values)
+
+
+def test_the_first_of_many_values_beyond_fp16_is_the_one_told(loading: Loading) -> None:
+    values = np.full((4096, 4096), 1e6, np.float32)
+    values[0, 1] = values[4000, 0] = 1e7
+    values[0, 0] = 1.0
+    part = TensorPart("w", values.reshape(-1).view(np.uint8), "F32", values.shape)
+    with pytest.raises(CheckpointError, match=r"'w' holds the value 10000000\.0,"):
+        loading.linear(part)
+
+
+def test_a_norm_weight_beyond_fp16_is_refused_as_on_numpy(loading: Loading) -> None:
+    values = np.array([1.0, -7e4], np.float32)
+    part = TensorPart("output_norm.weight", values.view(np.uint8), "F32", (2, 1))
+    with pytest.raises(CheckpointError, match=r"'output_norm\.weight' holds the value -70000\.0"):
+        loading.loader.load_vector([part])
+
+
+@pytest.mark.parametrize("left", [0, 1 << 20, (8 << 20) + 5])
+def test_a_file_cut_short_while_it_is_loaded_is_an_error_and_frees_everything(
+    loading: Loading, tmp_path: Path, left: int
+) -> None:
+    part, values = random_part("F16", 4096, 2048)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(64) + part.data.tobytes())
+    with FileIO(path) as file:
+        whole = replace(part, file=file, offset=64)
+        np.testing.assert_array_equal(loading.linear(whole), values.astype(np.float16))
+        os.truncate(path, 64 + left)
+        with pytest.raises(CheckpointError, match=r"model\.gguf ends at byte .*F16\.weight"):
+            loading.linear(whole)
+    assert loading.device.memory_by_use() == {}
 
 
 def test_bytes_that_change_on_the_way_are_noticed(
@@ -129,8 +170,8 @@ def test_bytes_that_change_on_the_way_are_noticed(
 
     fill = transfer._Slot.fill
 
-    def damaged(slot: Any, data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-        expected = fill(slot, data)
+    def damaged(slot: Any, chunk: Any) -> NDArray[np.uint64]:
+        expected = fill(slot, chunk)
         slot.pinned.bytes[1234] ^= 0x80
         return expected
 
@@ -156,7 +197,7 @@ def test_a_reader_that_fails_half_way_frees_everything(
 ) -> None:
     from orcd_batch.backend.cuda import transfer
 
-    def failing(slot: Any, data: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    def failing(slot: Any, chunk: Any) -> NDArray[np.uint64]:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(transfer._Slot, "fill", failing)

@@ -84,5 +84,33 @@ def attention_problem(
     return AttentionProblem(q.astype(np.float16), keys, values, batch)
 
 
+def shared_problem(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    groups: list[tuple[int, list[int]]],
+    *,
+    seed: int = 0,
+) -> AttentionProblem:
+    """A decode step of sequences in groups, in mixed order.
+
+    groups: (blocks that all of a group's sequences share, their contexts); a context ends in the
+    shared blocks or beyond.
+    """
+    contexts = [context for _, group in groups for context in group]
+    problem = attention_problem(
+        num_heads, num_kv_heads, head_dim, [(context, 1) for context in contexts], seed=seed
+    )
+    tables = problem.batch.block_tables
+    first = 0
+    for num_shared, group in groups:
+        longest = first + int(np.argmax(group))
+        rows = slice(first, first + len(group))
+        tables[rows, :num_shared] = tables[longest, :num_shared]
+        first += len(group)
+    order = np.random.default_rng(seed).permutation(len(contexts))
+    return problem.take(order.tolist())
+
+
 def _running(counts: NDArray[np.int64]) -> NDArray[np.int32]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

@@ -55,10 +55,11 @@ def next_token(tokens: list[int]) -> int:
 
 
 class FakeOps:
-    """Counts steps and the most tokens in one; `not_finite` digests give logits that are not."""
+    """Counts tokens, the most in one step, and steps with prompts; `not_finite` digests give logits
+    that are not."""
 
     def __init__(self) -> None:
-        self.max_tokens = self.num_tokens = 0
+        self.max_tokens = self.num_tokens = self.num_prompt_steps = 0
         self.not_finite: set[int] = set()
         self.fail_next: Exception | None = None
         self.sampled = np.zeros(0, np.int32)
@@ -69,19 +70,19 @@ class FakeOps:
     def place(self, batch: Batch) -> Batch:
         return batch
 
-    def embedding(self, token_ids: NDArray[np.int32], weight: Any) -> NDArray[np.int32]:
+    def embedding(self, token_ids: NDArray[np.int32], weight: Any) -> NDArray[np.int64]:
         self.max_tokens = max(self.max_tokens, len(token_ids))
         self.num_tokens += len(token_ids)
-        return token_ids
+        return token_ids.astype(np.int64)
 
     def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
         return x
 
-    def add_rms_norm(self, x: Any, delta: Any, weight: Any, eps: float) -> Any:
-        return delta
-
     def linear(self, x: Any, weight: Any) -> Any:
         return x
+
+    def linear_add(self, x: Any, weight: Any, residual: Any) -> None:
+        residual[:] = x
 
     def rope_and_cache(self, qkv: Any, bias: Any, table: Any, cache: Any, batch: Batch) -> Any:
         written: dict[int, int] = {}
@@ -106,6 +107,9 @@ class FakeOps:
     def take_rows(self, x: Any, rows: Any) -> Any:
         return x[rows]
 
+    def logits(self, x: Any, weight: Any) -> Any:
+        return x
+
     def sample(self, digests: NDArray[np.int64], batch: SampleBatch) -> Sampled:
         if self.fail_next is not None:
             failure, self.fail_next = self.fail_next, None
@@ -115,8 +119,15 @@ class FakeOps:
         finite = np.array([value not in self.not_finite for value in digests.tolist()])
         return Sampled((digests % VOCAB_SIZE).astype(np.int32), zeros, zeros, digests, finite)
 
+    def copy_blocks(self, caches: list[Any], copies: NDArray[np.int32]) -> None:
+        for source, target, count in copies.tolist():
+            from_slot, to_slot = source * BLOCK_SIZE, target * BLOCK_SIZE
+            for cache in caches:
+                cache[to_slot : to_slot + count] = cache[from_slot : from_slot + count]
+
     def launch(self, compute: Any, batch: Batch, sampling: SampleBatch | None) -> Any:
         """As ops that run ahead: ids that were sampled by the step before come from there."""
+        self.num_prompt_steps += len(batch.token_ids) > len(batch.context_lens)
         ids = batch.token_ids.copy()
         ids[ids < 0] = self.sampled[-1 - ids[ids < 0]]
         result = compute(self.place(replace(batch, token_ids=ids)), sampling)

@@ -11,28 +11,42 @@ from orcd_batch.errors import DeviceError
 # split, rows in mma tiles of 16.
 SPLIT_TILES = 4
 MMA_ROWS = 16
+# As in kernels/attention_decode.cu: sequences of one chunk.
+CHUNK_MEMBERS = 32
 
 MAX_HEAD_DIM = 128
 
-# Tiles that a decode warp keeps in shared memory (one at work, the others under way), and the most
-# warps of a block. Measured on an H200 in kernels/README.md, as are the prefill's.
-DECODE_STAGES = 2
-MAX_DECODE_WARPS = 4
+# Tiles that a decode warp keeps in shared memory (each loaded again, keys and values apart, as soon
+# as it has been used), and the most warps of a block: that many, or as registers allow, which go by
+# the head dim. Measured on an H200 in kernels/README.md, as are the prefill's.
+DECODE_STAGES = 1
+MAX_DECODE_WARPS = 12
+# Up to so many sequences times KV heads a warp has little to do: more of its tiles are under way.
+FEW_DECODE_ITEMS = 512
+FEW_DECODE_STAGES = 2
+_DECODE_WARPS_TIMES_HEAD_DIM = 768
 PREFILL_STAGES = 2
 PREFILL_WARPS = 4
 PREFILL_ROW_TILES = 1
+# On Hopper a kernel with wgmma can stand in for it. Off: its last edits have not run on a card; the
+# warps of rows depend on the head dim.
+USE_WGMMA = False
+WGMMA_STAGES = 4
 MERGE_WARPS = 4
 
 _WARP = 32
 # The decode kernel's running sum has one int a warp in static shared memory, and alignment.
 _STATIC_SHARED_BYTES = 256
+# At least what `struct Shared` of kernels/attention_prefill_sm90a.cu takes.
+_WGMMA_BARRIER_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
     """One variant of an attention kernel; the sizes in bytes are per block of threads.
 
-    row_tiles, num_stages: 0 where the kernel has none.
+    num_warps: those that own rows. row_tiles, num_stages: 0 where the kernel has none. arch: where
+    the card's generic one will not do.
     """
 
     kernel: str
@@ -44,6 +58,8 @@ class AttentionShape:
     num_stages: int
     min_blocks: int
     shared_bytes: int
+    loader_warps: int = 0
+    arch: str | None = None
 
     @property
     def defines(self) -> dict[str, int]:
@@ -60,7 +76,7 @@ class AttentionShape:
 
     @property
     def threads(self) -> int:
-        return self.num_warps * _WARP
+        return (self.num_warps + self.loader_warps) * _WARP
 
     @property
     def group(self) -> int:
@@ -73,7 +89,7 @@ class AttentionShape:
 
     def num_row_blocks(self, num_tokens: int, num_seqs: int) -> int:
         """Prefill: an upper bound on the blocks of rows, whatever the sequences' lengths."""
-        rows = self.num_warps * self.row_tiles * MMA_ROWS
+        rows = self.num_warps * max(self.row_tiles, 1) * MMA_ROWS
         return num_tokens * self.group // rows + num_seqs
 
     def partial_floats(self, num_seqs: int, max_blocks: int) -> int:
@@ -110,8 +126,10 @@ def decode_shape(
 ) -> AttentionShape:
     """One query per sequence: as many warps, each with its own stages, as shared memory holds."""
     _check_heads(num_heads, num_kv_heads, head_dim)
-    lists = 4 * (2 * num_seqs + 1)
-    warp_bytes = DECODE_STAGES * _stage_bytes(head_dim)
+    lists = 4 * (3 * num_seqs + 1)
+    is_small = num_seqs * num_kv_heads <= FEW_DECODE_ITEMS
+    num_stages = FEW_DECODE_STAGES if is_small else DECODE_STAGES
+    warp_bytes = num_stages * _stage_bytes(head_dim)
     num_warps = (device.max_shared_memory - _STATIC_SHARED_BYTES - lists) // warp_bytes
     if num_warps < 1:
         raise DeviceError(
@@ -119,10 +137,10 @@ def decode_shape(
             f"memory and {device.name} has {device.max_shared_memory:,}; lower "
             "engine.max_num_seqs."
         )
-    num_warps = min(num_warps, MAX_DECODE_WARPS)
+    num_warps = min(num_warps, MAX_DECODE_WARPS, _DECODE_WARPS_TIMES_HEAD_DIM // head_dim)
     shared_bytes = num_warps * warp_bytes + lists
     heads = (num_heads, num_kv_heads, head_dim)
-    shape = (num_warps, 0, DECODE_STAGES, 1, shared_bytes)
+    shape = (num_warps, 0, num_stages, 1, shared_bytes)
     return AttentionShape("attention_decode", *heads, *shape)
 
 
@@ -140,6 +158,29 @@ def prefill_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> Attention
     min_blocks = 3 if head_dim <= 64 else 2
     shape = (PREFILL_WARPS, PREFILL_ROW_TILES, PREFILL_STAGES, min_blocks, shared_bytes)
     return AttentionShape("attention_prefill", num_heads, num_kv_heads, head_dim, *shape)
+
+
+def wgmma_prefill_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionShape:
+    """The same on sm_90: one block per SM, as many rows as registers hold, and a warp that loads.
+
+    Registers are moved between groups of four warps, so the loading warp comes with three idle.
+    """
+    _check_heads(num_heads, num_kv_heads, head_dim)
+    num_warps = 12 if head_dim <= 96 else 8
+    parked = num_warps * (head_dim // 8 + 1) * _WARP * 16
+    shared_bytes = WGMMA_STAGES * _stage_bytes(head_dim) + parked + _WGMMA_BARRIER_BYTES
+    heads = (num_heads, num_kv_heads, head_dim)
+    shape = (num_warps, 0, WGMMA_STAGES, 1, shared_bytes)
+    return AttentionShape("attention_prefill_sm90a", *heads, *shape, 4, "sm_90a")
+
+
+def best_prefill_shape(
+    device: Device, num_heads: int, num_kv_heads: int, head_dim: int
+) -> AttentionShape:
+    """The fastest kernel that this card has for several queries per sequence; bits are the same."""
+    use_wgmma = USE_WGMMA and device.compute_capability == (9, 0)
+    shape = wgmma_prefill_shape if use_wgmma else prefill_shape
+    return shape(num_heads, num_kv_heads, head_dim)
 
 
 def _stage_bytes(head_dim: int) -> int:

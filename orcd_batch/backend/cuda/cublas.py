@@ -1,4 +1,4 @@
-"""cuBLASLt for y = x wᵀ (fp16 in, fp32 accumulate and out): its candidates, and running one.
+"""cuBLASLt for y = or += x wᵀ (fp16 in, fp32 accumulate): its candidates, and running one.
 
 Split-K is excluded: it is the one thing that makes a row's bits depend on M. So is algorithm 16,
 which reorders the products of long K even without it.
@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from orcd_batch.backend.cuda.array import DeviceArray
+from orcd_batch.backend.cuda.array import FP16, DeviceArray
+from orcd_batch.backend.cuda.cublaslt_binding import cublaslt
 from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.product import Output
 from orcd_batch.errors import DeviceError
 
 WORKSPACE_BYTES = 32 << 20
@@ -40,8 +42,7 @@ class CublasLt:
 
     def __init__(self, device: Device) -> None:
         try:
-            from nvmath.bindings import cublasLt
-
+            cublasLt = cublaslt()
             self.version = int(cublasLt.get_version())
         except Exception as error:
             raise DeviceError(
@@ -59,18 +60,20 @@ class CublasLt:
             self._product, transpose, _TRANSPOSED.ctypes.data, _TRANSPOSED.nbytes
         )
 
-    def candidates(self, num_rows: int, weight_shape: tuple[int, int]) -> list[Algorithm]:
+    def candidates(
+        self, num_rows: int, weight_shape: tuple[int, int], output: Output
+    ) -> list[Algorithm]:
         """What may be run for x (num_rows, K), w (N, K): no split-K, no excluded algorithm."""
         return [
             algorithm
-            for algorithm in self.offers(num_rows, weight_shape, reductions=0)
+            for algorithm in self.offers(num_rows, weight_shape, output, reductions=0)
             if algorithm.config["SPLITK_NUM"] <= 1
             and algorithm.config["REDUCTION_SCHEME"] == 0
             and algorithm.config["ID"] not in EXCLUDED_IDS
         ]
 
     def offers(
-        self, num_rows: int, weight_shape: tuple[int, int], reductions: int
+        self, num_rows: int, weight_shape: tuple[int, int], output: Output, reductions: int
     ) -> list[Algorithm]:
         """What the heuristic offers; `reductions` is the mask of split-K schemes it may use.
 
@@ -80,17 +83,22 @@ class CublasLt:
         near = [rows for rows in _POOL_ROWS if _is_near(rows, num_rows)]
         pool: dict[str, Algorithm] = {}
         for rows in (num_rows, *near):
-            for code in self._heuristic(rows, weight_shape, reductions):
+            for code in self._heuristic(rows, weight_shape, output, reductions):
                 if code.hex() not in pool:
                     pool[code.hex()] = self._describe(code)
         return list(pool.values())
 
     def run(
-        self, algorithm: Algorithm, x: DeviceArray, weight: DeviceArray, y: DeviceArray
+        self,
+        algorithm: Algorithm,
+        x: DeviceArray,
+        weight: DeviceArray,
+        y: DeviceArray,
+        output: Output = Output.FP32,
     ) -> None:
-        """Queues y (M, N) = x (M, K) weightᵀ. Raises DeviceError when the algorithm cannot."""
+        """Queues y = or += x weightᵀ (M, N). Raises DeviceError when the algorithm cannot."""
         n, k = weight.shape
-        w_layout, x_layout, y_layout = self._operands(x.shape[0], (n, k))
+        w_layout, x_layout, y_layout = self._operands(x.shape[0], (n, k), output)
         code = self._codes.get(algorithm.code)
         if code is None:
             code = np.frombuffer(bytes.fromhex(algorithm.code), np.uint64).copy()
@@ -104,7 +112,7 @@ class CublasLt:
                 w_layout,
                 x.ptr,
                 x_layout,
-                _ZERO.ctypes.data,
+                (_ONE if output is Output.ADD else _ZERO).ctypes.data,
                 y.ptr,
                 y_layout,
                 y.ptr,
@@ -122,14 +130,14 @@ class CublasLt:
 
     def close(self) -> None:
         """Destroys the handle. Safe to call twice."""
-        if self._handle:
+        handle, self._handle = self._handle, 0
+        if handle:
             self._forget_layouts()
             self._lt.matmul_desc_destroy(self._product)
-            self._lt.destroy(self._handle)
-            self._handle = 0
+            self._lt.destroy(handle)
 
     def _heuristic(
-        self, num_rows: int, weight_shape: tuple[int, int], reductions: int
+        self, num_rows: int, weight_shape: tuple[int, int], output: Output, reductions: int
     ) -> list[bytes]:
         lt = self._lt
         preference = lt.matmul_preference_create()
@@ -143,7 +151,7 @@ class CublasLt:
             )
         results = np.zeros(_MAX_CANDIDATES, lt.matmul_heuristic_result_dtype)
         found = np.zeros(1, np.int32)
-        w, x, y = self._operands(num_rows, weight_shape)
+        w, x, y = self._operands(num_rows, weight_shape, output)
         descriptions = (self._handle, self._product, w, x, y, y, preference)
         try:
             lt.matmul_algo_get_heuristic(
@@ -156,7 +164,9 @@ class CublasLt:
         usable = [result for result in results[: found[0]] if result["state"] == 0]
         return [np.ascontiguousarray(result["algo"]).tobytes() for result in usable]
 
-    def _operands(self, num_rows: int, weight_shape: tuple[int, int]) -> tuple[int, int, int]:
+    def _operands(
+        self, num_rows: int, weight_shape: tuple[int, int], output: Output
+    ) -> tuple[int, int, int]:
         """Column-major as cuBLAS sees them: wᵀ (K, N), xᵀ (K, M), yᵀ (N, M)."""
         n, k = weight_shape
         if len(self._layouts) > _MAX_LAYOUTS:
@@ -164,7 +174,7 @@ class CublasLt:
         return (
             self._layout(_FP16, k, n),
             self._layout(_FP16, k, num_rows),
-            self._layout(_FP32, n, num_rows),
+            self._layout(_FP16 if output.dtype == FP16 else _FP32, n, num_rows),
         )
 
     def _layout(self, dtype: int, rows: int, columns: int) -> int:

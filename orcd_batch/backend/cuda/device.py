@@ -1,9 +1,11 @@
 """One GPU: its facts, its one stream, and every byte taken from it, by use."""
 
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
-from orcd_batch.backend.cuda.driver import call
+from orcd_batch.backend.cuda.closing import close_all
+from orcd_batch.backend.cuda.driver import call, raise_gpu_failure, wait_for_stream
 from orcd_batch.errors import DeviceError
 
 MemoryUse = Literal["weights", "kv_cache", "work_space", "staging"]
@@ -67,10 +69,22 @@ class Device:
             )
         self.stream: Any = self._device.create_stream()
         self._buffers: dict[int, Buffer] = {}
+        self._is_closed = False
 
     def new_stream(self) -> Any:
         """A further non-blocking cuda.core stream; the caller closes it."""
         return self._device.create_stream()
+
+    def record(self, event: Any = None) -> Any:
+        """A cuda.core event behind what is queued on the stream; `event` is used again.
+
+        Raises DeviceError where the GPU failed before.
+        """
+        try:
+            return self.stream.record(event)
+        except Exception as error:
+            raise_gpu_failure(error)
+            raise
 
     def make_current(self) -> None:
         """Binds this GPU to the calling thread: a thread's first call into CUDA."""
@@ -117,17 +131,22 @@ class Device:
 
     def synchronize(self) -> None:
         """Waits for the stream; an error of an earlier kernel surfaces here as DeviceError."""
-        call(self._driver.cuStreamSynchronize(self.stream.handle))
+        wait_for_stream(self.stream)
 
     def close(self) -> None:
-        """Gives everything back. Safe to call twice."""
-        if self.stream.is_closed:
+        """Gives everything back. Safe to call twice.
+
+        Raises DeviceError, after trying all of it, where the GPU failed before.
+        """
+        if self._is_closed:
             return
-        self.make_current()
-        call(self._driver.cuCtxSynchronize())
-        for buffer in list(self._buffers.values()):
-            self.free(buffer)
-        self.stream.close()
+        self._is_closed = True
+        close_all(
+            self.make_current,
+            lambda: call(self._driver.cuCtxSynchronize()),
+            *(partial(self.free, buffer) for buffer in self._buffers.values()),
+            self.stream.close,
+        )
 
 
 def not_enough_memory(use: str, needed: int, memory: MemoryInfo) -> str:
@@ -176,6 +195,7 @@ def _driver_version(driver: Any) -> int:
     return int(call(driver.cuDriverGetVersion()))
 
 
+@cache
 def _kernel_driver_version(core: Any) -> str | None:
     """Such as "580.159.4"; None where the management library (NVML) is missing."""
     try:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from orcd_batch.backend.cuda.array import DeviceArray
+from orcd_batch.backend.cuda.product import Output
 from orcd_batch.backend.cuda.program import Defines, Kernels, int32
 
 
@@ -17,8 +18,7 @@ class Tile:
     warps_n: int
     stages: int
 
-    @property
-    def defines(self) -> Defines:
+    def defines(self, output: Output) -> Defines:
         return {
             "TILE_M": self.m,
             "TILE_N": self.n,
@@ -26,6 +26,7 @@ class Tile:
             "WARPS_M": self.warps_m,
             "WARPS_N": self.warps_n,
             "STAGES": self.stages,
+            "OUTPUT": int(output),
         }
 
     @property
@@ -48,13 +49,18 @@ def tile_for(num_rows: int) -> Tile:
 
 
 def gemm_k16(
-    kernels: Kernels, x: DeviceArray, weight: DeviceArray, y: DeviceArray, tile: Tile | None = None
+    kernels: Kernels,
+    x: DeviceArray,
+    weight: DeviceArray,
+    y: DeviceArray,
+    output: Output = Output.FP32,
+    tile: Tile | None = None,
 ) -> None:
-    """Queues y (M, N) fp32 = x (M, K) fp16 weight (N, K) fp16 ᵀ; K is a multiple of 8."""
+    """Queues y (M, N) = or += x (M, K) fp16 weight (N, K) fp16 ᵀ; K is a multiple of 8."""
     tile = tile or tile_for(x.shape[0])
     num_rows, (n, k) = x.shape[0], weight.shape
     kernels.launch(
-        kernels.get("gemm_k16", tile.defines),
+        kernels.get("gemm_k16", tile.defines(output)),
         (-(-num_rows // tile.m), -(-n // tile.n)),
         32 * tile.warps_m * tile.warps_n,
         [x, weight, y, int32(num_rows), int32(n), int32(k)],

@@ -14,15 +14,16 @@ from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
 from orcd_batch.backend.cuda.attention import (
     SPLIT_TILES,
     AttentionShape,
+    best_prefill_shape,
     decode_shape,
     merge_shape,
-    prefill_shape,
 )
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.placed_batch import PlacedBatch
 from orcd_batch.backend.cuda.plan import FP16_BYTES, FP32_BYTES, ModelShape
 from orcd_batch.backend.cuda.program import Kernels, int32
 from orcd_batch.backend.cuda.sampling import Sampling
+from orcd_batch.backend.cuda.tensor_map import tile_map
 from orcd_batch.backend.cuda.workspace import Workspace
 from orcd_batch.backend.ops import Batch, KVCache, SampleBatch, Sampled
 from orcd_batch.errors import DeviceError
@@ -37,10 +38,10 @@ _UNLIMITED = 2**31 - 1
 
 
 class ForwardKernels:
-    """The ops of `backend.ops.Ops` from `embedding` to `sample`, but for `linear`.
+    """The ops of `backend.ops.Ops` from `embedding` to `sample`, but for the matrix products.
 
     Results are views of work buffers: valid until the same op runs again. The residual stream is
-    one buffer, which `add_rms_norm` updates in place.
+    one buffer, which `linear_add` updates in place.
     """
 
     device: Device
@@ -84,15 +85,6 @@ class ForwardKernels:
         self._run("rms_norm", defines, x.shape[0], threads, args)
         return y
 
-    def add_rms_norm(
-        self, x: DeviceArray, delta: DeviceArray, weight: DeviceArray, eps: float
-    ) -> DeviceArray:
-        """Adds delta (T, C) fp32 into x in place, then as rms_norm."""
-        y, threads, defines = self._norm(x)
-        args = (x, delta, weight, y, np.float32(eps))
-        self._run("add_rms_norm", defines, x.shape[0], threads, args)
-        return y
-
     def rope_and_cache(
         self,
         qkv: DeviceArray,
@@ -101,7 +93,7 @@ class ForwardKernels:
         cache: KVCache,
         batch: Batch,
     ) -> DeviceArray:
-        """(T, (H + 2 Hkv) D) fp32 -> rotated queries (T, H, D) fp16; K and V go to their slots.
+        """(T, (H + 2 Hkv) D) fp16 -> rotated queries (T, H, D) fp16; K and V go to their slots.
 
         A negative slot writes no cache: a padding token. A V that fp16 cannot hold is cached as 0
         and its K as NaN, so that it reaches those who see it and nobody else.
@@ -128,6 +120,7 @@ class ForwardKernels:
         self, q: DeviceArray, cache: KVCache, batch: Batch, sliding_window: int
     ) -> DeviceArray:
         """(T, H, D) fp16 -> (T, H * D) fp16. Every sequence of the batch has at least one token."""
+        assert isinstance(batch, PlacedBatch), "attention needs a batch from place()"
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = cache.keys.shape[1]
         num_seqs, max_blocks = batch.block_tables.shape
@@ -142,23 +135,32 @@ class ForwardKernels:
         decode = decode_shape(self.device, *heads, num_seqs)
         num_floats = decode.partial_floats(num_seqs, max_blocks)
         partials = self.workspace.take("attention_partials", (num_floats,), FP32)
-        self._attend(decode, self.device.sm_count, (*args, partials))
+        shared = batch.shared
+        assert shared is not None, "attention needs sequences"
+        chunks = (shared.members, shared.chunk_start, shared.chunk_split)
+        who = (shared.num_shared, shared.num_chunks, *chunks)
+        self._attend(decode, self.device.sm_count, (*args, partials, *who))
         if max_blocks > SPLIT_TILES:
             merge = merge_shape(*heads)
             num_warp_groups = merge.num_merge_blocks(num_seqs)
             self._attend(merge, num_warp_groups, (partials, *sequences, out, *sizes))
         if num_tokens > num_seqs:
-            assert isinstance(batch, PlacedBatch), "attention needs a batch from place()"
-            prefill = prefill_shape(*heads)
+            prefill = best_prefill_shape(self.device, *heads)
             num_long = num_seqs - batch.num_leading
             row_blocks = prefill.num_row_blocks(num_tokens - batch.num_leading, num_long)
-            caches = (q, cache.keys, cache.values)
-            args = (*caches, *batch.long_sequences, out, int32(num_long), *sizes[1:])
-            self._attend(prefill, (row_blocks, num_kv_heads), args)
+            tail = (*batch.long_sequences, out, int32(num_long), *sizes[1:])
+            if prefill.loader_warps:
+                maps = (tile_map(cache.keys), tile_map(cache.values))
+                num_blocks = min(row_blocks * num_kv_heads, self.device.sm_count)
+                caches = (*maps, q, cache.values)
+                self._attend(prefill, num_blocks, (*caches, *tail, int32(row_blocks)))
+            else:
+                grid = (row_blocks, num_kv_heads)
+                self._attend(prefill, grid, (q, cache.keys, cache.values, *tail))
         return out
 
     def swiglu(self, gate_up: DeviceArray) -> DeviceArray:
-        """(T, 2F) fp32, gate first -> (T, F) fp16."""
+        """(T, 2F) fp16, gate first -> (T, F) fp16."""
         num_tokens, size = gate_up.shape[0], _vectorized("FFN size", gate_up.shape[1] // 2)
         y = self.workspace.take("swiglu", (num_tokens, size), FP16)
         grid = -(-num_tokens * (size // VECTOR) // ELEMENTWISE_THREADS)
@@ -193,7 +195,8 @@ class ForwardKernels:
     def _attend(
         self, shape: AttentionShape, grid: int | tuple[int, ...], args: Sequence[Any]
     ) -> None:
-        self._run(shape.kernel, shape.defines, grid, shape.threads, args, shape.shared_bytes)
+        kernel, threads, shared_bytes = shape.kernel, shape.threads, shape.shared_bytes
+        self._run(kernel, shape.defines, grid, threads, args, shared_bytes, shape.arch)
 
     def _run(
         self,
@@ -203,10 +206,11 @@ class ForwardKernels:
         block: int,
         args: Sequence[Any],
         shared_bytes: int = 0,
+        arch: str | None = None,
     ) -> None:
         if grid == 0 or (isinstance(grid, tuple) and 0 in grid):
             return
-        self.kernels.launch(self.kernels.get(name, defines), grid, block, args, shared_bytes)
+        self.kernels.launch(self.kernels.get(name, defines, arch), grid, block, args, shared_bytes)
 
 
 def _vectorized(what: str, size: int) -> int:

@@ -1,7 +1,7 @@
-"""Weights from the mapped file to fp16 rows (linears) or fp32 values (vectors) on the GPU."""
+"""Weights from the file to fp16 rows (linears) or fp32 values (vectors) on the GPU."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,15 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
+from orcd_batch.backend.cuda.closing import close_all
 from orcd_batch.backend.cuda.device import Buffer, Device
 from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.program import Kernels, int32
 from orcd_batch.backend.cuda.tensor_types import KERNEL_TYPES, row_bytes, to_fp32
 from orcd_batch.backend.cuda.transfer import CHUNK_BYTES, Transfers
+from orcd_batch.backend.fp16_range import check_fp16_range, outside_fp16
 from orcd_batch.backend.ops import TensorPart
 from orcd_batch.errors import CheckpointError, DeviceError
 
 _MAX_TENSORS = 1 << 16
+_FLAG_BYTES = 8
 _THREADS = 256
 
 
@@ -63,7 +66,10 @@ class Loader:
         return weight
 
     def load_vector(self, parts: Sequence[TensorPart]) -> DeviceArray:
-        """(n,) fp32, the parts one after another, in halves order where they are rotated."""
+        """(n,) fp32, the parts one after another, in halves order where they are rotated.
+
+        Raises CheckpointError as `load_linear`, a value beyond fp16 included.
+        """
         values = [_in_halves_order(_vector(part), part.rope_head_dim) for part in parts]
         self._num_bytes += sum(part.data.nbytes for part in parts)
         return self.load_array(parts[0].name, np.concatenate(values))
@@ -76,7 +82,7 @@ class Loader:
             for start in range(0, data.nbytes, CHUNK_BYTES):
                 chunk = data[start : start + CHUNK_BYTES]
                 copy = partial(self._copy, target.ptr + start, chunk.nbytes)
-                self._start().add(name, chunk, copy)
+                self._start().add(name, chunk.nbytes, partial(_take, chunk), copy)
         except BaseException:
             self.abandon()
             raise
@@ -115,19 +121,21 @@ class Loader:
 
     def abandon(self) -> None:
         """Gives up on this model: frees every weight."""
-        self.close()
-        self._device.free_use("staging")
-        self._device.free_use("weights")
+        close_all(
+            self.close,
+            partial(self._device.free_use, "staging"),
+            partial(self._device.free_use, "weights"),
+        )
 
     def close(self) -> None:
         """Ends the transfers and frees what they used; weights stay. Safe to call twice."""
-        if self._transfers is not None:
-            self._transfers.close()
-            self._transfers = None
-        if self._flags is not None:
-            self._device.free(self._flags)
-            self._flags = None
+        transfers, self._transfers = self._transfers, None
+        flags, self._flags = self._flags, None
         self._names = []
+        close_all(
+            *([transfers.close] if transfers is not None else []),
+            *([partial(self._device.free, flags)] if flags is not None else []),
+        )
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         self._start()
@@ -138,21 +146,23 @@ class Loader:
     def _start(self) -> Transfers:
         if self._transfers is None:
             self._started = time.perf_counter()
-            self._flags = self._device.allocate(4 * _MAX_TENSORS, "staging")
+            self._flags = self._device.allocate(_FLAG_BYTES * _MAX_TENSORS, "staging")
             self._device.fill(self._flags.ptr, self._flags.num_bytes)
             self._transfers = Transfers(self._device, self._kernels)
         return self._transfers
 
     def _send(self, part: TensorPart, weight: DeviceArray, first_out: int) -> None:
         self._num_bytes += part.data.nbytes
-        data, ggml_type = part.data, part.ggml_type
+        ggml_type, num_bytes = part.ggml_type, part.data.nbytes
+        read_at: Callable[..., None] = part.read_into
         if ggml_type not in KERNEL_TYPES:
-            data, ggml_type = to_fp32(part.name, data, ggml_type).view(np.uint8), "F32"
+            data = to_fp32(part.name, part.read(0, num_bytes), ggml_type).view(np.uint8)
+            ggml_type, num_bytes, read_at = "F32", data.nbytes, partial(_take_at, data)
         num_rows, num_values = part.shape
         stride = row_bytes(ggml_type, num_values)
-        if data.nbytes != num_rows * stride or stride > CHUNK_BYTES:
+        if num_bytes != num_rows * stride or stride > CHUNK_BYTES:
             raise CheckpointError(
-                f"The tensor {part.name} has {data.nbytes:,} bytes for {num_rows:,} rows of "
+                f"The tensor {part.name} has {num_bytes:,} bytes for {num_rows:,} rows of "
                 f"{stride:,}, at most {CHUNK_BYTES:,} each."
             )
         kernel = self._kernels.get("dequantize", {f"TYPE_{ggml_type}": 1})
@@ -166,7 +176,8 @@ class Loader:
             grid = min(-(-count * num_values // (8 * _THREADS)), 8 * self._device.sm_count)
             args = [weight.ptr, flag, *map(int32, sizes)]
             convert = partial(self._dequantize, kernel, grid, args)
-            self._start().add(part.name, data[first * stride : (first + count) * stride], convert)
+            read = partial(read_at, start=first * stride)
+            self._start().add(part.name, count * stride, read, convert)
 
     def _dequantize(self, kernel: Any, grid: int, args: list[Any], raw: int, stream: Any) -> None:
         self._kernels.launch(kernel, grid, _THREADS, [raw, *args], stream=stream)
@@ -180,31 +191,37 @@ class Loader:
         if len(self._names) >= _MAX_TENSORS or self._flags is None:
             raise DeviceError(f"The model has more than {_MAX_TENSORS} tensors.")
         self._names.append(name)
-        return self._flags.ptr + 4 * (len(self._names) - 1)
+        return self._flags.ptr + _FLAG_BYTES * (len(self._names) - 1)
 
     def _check_range(self) -> None:
         from cuda.bindings import driver
 
-        flags = np.zeros(len(self._names), np.uint32)
+        flags = np.zeros(len(self._names), np.uint64)
         if not flags.size or self._flags is None:
             return
         call(driver.cuMemcpyDtoH(flags.ctypes.data, self._flags.ptr, flags.nbytes))
         for name, flag in zip(self._names, flags, strict=True):
-            if flag:
-                raise CheckpointError(
-                    f"The tensor {name} holds a value outside fp16's range of ±65,504 (or one "
-                    "that is not a number); run this model with engine=numpy."
-                )
+            if flag:  # its low half is the first such value
+                raise outside_fp16(name, np.uint32(flag & 0xFFFFFFFF).view(np.float32))
 
 
 def _vector(part: TensorPart) -> NDArray[np.float32]:
-    values = to_fp32(part.name, np.ascontiguousarray(part.data), part.ggml_type)
+    values = to_fp32(part.name, part.read(0, part.data.nbytes), part.ggml_type)
     if values.size != part.shape[0] * part.shape[1]:
         raise CheckpointError(
             f"The tensor {part.name} has {values.size:,} values, expected "
             f"{part.shape[0] * part.shape[1]:,}."
         )
+    check_fp16_range(values, part.name)
     return values
+
+
+def _take(data: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
+    target[:] = data
+
+
+def _take_at(data: NDArray[np.uint8], target: NDArray[np.uint8], start: int) -> None:
+    target[:] = data[start : start + target.nbytes]
 
 
 def _in_halves_order(values: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:

@@ -4,11 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orcd_batch.backend.cuda.device import Device
-
-TIMED_OPS = (
-    *("place", "embedding", "rms_norm", "add_rms_norm", "linear", "rope_and_cache"),
-    *("attention", "swiglu", "take_rows", "sample"),
-)
+from orcd_batch.backend.op_times import TIMED_OPS, OpSums, OpTable
 
 # Event pairs kept before they are read, which waits for the GPU.
 _MAX_PENDING = 4096
@@ -20,7 +16,7 @@ class OpTimes:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._pending: list[tuple[str, Any, Any]] = []
-        self._sums: dict[str, tuple[int, float]] = {}
+        self._sums = OpSums()
 
     def watch(self, ops: Any) -> None:
         """From here on times the ops of this object, by replacing its methods; no more replays."""
@@ -28,13 +24,10 @@ class OpTimes:
         for name in TIMED_OPS:
             setattr(ops, name, self.timed(name, getattr(ops, name)))
 
-    def summary(self) -> dict[str, dict[str, float]]:
+    def summary(self) -> OpTable:
         """Op -> calls, seconds in all, and microseconds per call; waits for the GPU."""
         self._read()
-        return {
-            name: {"calls": calls, "seconds": seconds, "us_per_call": seconds / calls * 1e6}
-            for name, (calls, seconds) in self._sums.items()
-        }
+        return self._sums.table()
 
     def clear(self) -> None:
         """Forgets what was measured so far."""
@@ -62,6 +55,5 @@ class OpTimes:
     def _read(self) -> None:
         self._device.synchronize()
         for name, start, end in self._pending:
-            calls, seconds = self._sums.get(name, (0, 0.0))
-            self._sums[name] = (calls + 1, seconds + (end - start) / 1e3)
+            self._sums.add(name, (end - start) / 1e3)
         self._pending.clear()

@@ -7,18 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orcd_batch.backend.cuda.array import FP16, DeviceArray
+from orcd_batch.backend.cuda.closing import close_all
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.kernels import ForwardKernels
 from orcd_batch.backend.cuda.linear import Linear
 from orcd_batch.backend.cuda.loader import Loader
 from orcd_batch.backend.cuda.op_times import OpTimes
-from orcd_batch.backend.cuda.placed_batch import PlacedBatch, place_batch
+from orcd_batch.backend.cuda.placed_batch import PlacedBatch, batch_bytes, place_batch
 from orcd_batch.backend.cuda.plan import MemoryPlan, ModelShape, plan_memory
+from orcd_batch.backend.cuda.product import Output
 from orcd_batch.backend.cuda.program import Kernels
 from orcd_batch.backend.cuda.sampling import Sampling
 from orcd_batch.backend.cuda.staging import Staging
 from orcd_batch.backend.cuda.steps import Launched, Steps
 from orcd_batch.backend.cuda.workspace import Workspace
+from orcd_batch.backend.op_times import OpTable
 from orcd_batch.backend.ops import (
     BLOCK_SIZE,
     Batch,
@@ -65,14 +68,6 @@ class CudaOps(ForwardKernels):
     def load_rope_table(self, table: NDArray[np.float32]) -> DeviceArray:
         return self._loader.load_array("the rope table", np.ascontiguousarray(table, np.float32))
 
-    def finish_loading(self) -> dict[str, Any]:
-        """Waits for the transfers under way and checks that every byte arrived.
-
-        Returns the loading statistics. Raises CheckpointError for a value that fp16 cannot hold
-        and DeviceError where a checksum on the GPU differs from the file's.
-        """
-        return self._loader.finish()
-
     def allocate_kv_cache(
         self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int
     ) -> list[KVCache]:
@@ -85,6 +80,52 @@ class CudaOps(ForwardKernels):
         views = [DeviceArray(buffer.ptr + i * half, shape, FP16) for i in range(2 * num_layers)]
         return [KVCache(views[2 * i], views[2 * i + 1]) for i in range(num_layers)]
 
+    def place(self, batch: Batch) -> PlacedBatch:
+        """The same batch on the GPU: one asynchronous copy of all arrays."""
+        return place_batch(self.staging, batch, self.steps.shared_splits.find(batch))
+
+    # The forward pass.
+    def linear(self, x: DeviceArray, weight: DeviceArray) -> DeviceArray:
+        """(T, K) fp16, (N, K) fp16 -> (T, N) fp16, each value one chain of ascending k16 steps."""
+        return self._linear(x, weight, Output.FP16)
+
+    def linear_add(self, x: DeviceArray, weight: DeviceArray, residual: DeviceArray) -> None:
+        """Adds (T, K) fp16 (N, K)ᵀ into residual (T, N) fp32, in one rounding after the chain."""
+        self._linear.add(x, weight, residual)
+
+    def logits(self, x: DeviceArray, weight: DeviceArray) -> DeviceArray:
+        """As linear, but fp32."""
+        return self._linear(x, weight, Output.FP32)
+
+    # Whole steps.
+    def copy_blocks(self, caches: Sequence[KVCache], copies: NDArray[np.int32]) -> None:
+        """Queues the copies ahead of the next step; caches: as `allocate_kv_cache` made them."""
+        self.steps.copy_blocks(caches, copies)
+
+    def launch(
+        self, compute: Compute, batch: Batch, sampling: SampleBatch | None
+    ) -> Launched | None:
+        """Queues a step and the copy of its results; see `steps.Steps`."""
+        return self.steps.launch(compute, batch, sampling)
+
+    def collect(self, launched: Launched | None) -> Sampled | None:
+        """Waits for a step's results; rows of padding come last."""
+        return self.steps.collect(launched)
+
+    def to_host(self, x: DeviceArray) -> NDArray[np.float32]:
+        """Waits for x and copies it; fp16 comes back as fp32."""
+        self._loader.wait()
+        return self.staging.fetch(x).astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        """Gives all memory back. Safe to call twice.
+
+        Raises DeviceError, after closing all there is, where the GPU failed before.
+        """
+        parts = (self._loader, self._linear, self.steps, self.staging, self.device)
+        close_all(*(part.close for part in parts))
+
+    # Beside the protocol: start-up and what it tells.
     def plan(
         self,
         shape: ModelShape,
@@ -106,6 +147,14 @@ class CudaOps(ForwardKernels):
             max_num_blocks=max_num_blocks,
         )
 
+    def finish_loading(self) -> dict[str, Any]:
+        """Waits for the transfers under way and checks that every byte arrived.
+
+        Returns the loading statistics. Raises CheckpointError for a value that fp16 cannot hold
+        and DeviceError where a checksum on the GPU differs from the file's.
+        """
+        return self._loader.finish()
+
     def prepare(self, shape: ModelShape, max_num_batched_tokens: int, max_num_seqs: int) -> None:
         """Takes the work space, chooses and proves the matrix products, and freezes both.
 
@@ -114,37 +163,9 @@ class CudaOps(ForwardKernels):
         self.finish_loading()
         for name, num_bytes in self._buffers(shape, max_num_batched_tokens, max_num_seqs).items():
             self.workspace.reserve(name, num_bytes)
-        *layers, head = shape.linear_shapes
-        self._linear.prepare(layers, max_num_batched_tokens)
-        self._linear.prepare([head], max(max_num_seqs, 1))
+        self._linear.prepare(shape, max_num_batched_tokens, max_num_seqs)
         self.workspace.freeze()
         self.steps.prepare(max_num_seqs, -(-shape.max_model_len // BLOCK_SIZE))
-
-    def place(self, batch: Batch) -> PlacedBatch:
-        """The same batch on the GPU: one asynchronous copy of all seven arrays."""
-        return place_batch(self.staging, batch)
-
-    # The forward pass.
-    def linear(self, x: DeviceArray, weight: DeviceArray) -> DeviceArray:
-        """(T, K) fp16, (N, K) fp16 -> (T, N) fp32, each value one chain of ascending k16 steps."""
-        return self._linear(x, weight)
-
-    # Whole steps.
-    def launch(
-        self, compute: Compute, batch: Batch, sampling: SampleBatch | None
-    ) -> Launched | None:
-        """Queues a step and the copy of its results; see `steps.Steps`."""
-        return self.steps.launch(compute, batch, sampling)
-
-    def collect(self, launched: Launched | None) -> Sampled | None:
-        """Waits for a step's results; rows of padding come last."""
-        return self.steps.collect(launched)
-
-    # After the forward pass.
-    def to_host(self, x: DeviceArray) -> NDArray[np.float32]:
-        """Waits for x and copies it; fp16 comes back as fp32."""
-        self._loader.wait()
-        return self.staging.fetch(x).astype(np.float32, copy=False)
 
     def manifest(self) -> dict[str, Any]:
         """Device, driver, compiled kernels, matrix algorithms, loading and memory by use."""
@@ -157,21 +178,17 @@ class CudaOps(ForwardKernels):
             "linear": self._linear.manifest(),
             "loading": self._loader.statistics(),
             "memory_by_use": self.device.memory_by_use(),
-            "op_times": self._op_times.summary() if self._op_times else None,
+            "op_times": self.op_times(),
         }
 
-    def close(self) -> None:
-        """Gives all memory back. Safe to call twice."""
-        self._loader.close()
-        self._linear.close()
-        self.steps.close()
-        self.staging.close()
-        self.device.close()
+    def op_times(self) -> OpTable | None:
+        """GPU time per op so far, under time_ops alone; waits for the GPU."""
+        return self._op_times.summary() if self._op_times else None
 
     def _buffers(self, shape: ModelShape, max_tokens: int, max_seqs: int) -> dict[str, int]:
         buffers = dict(self.reserve_buffers(shape, max_tokens, max_seqs))
         buffers.update(self._linear.buffers(shape, max_tokens, max_seqs))
         max_blocks = -(-shape.max_model_len // BLOCK_SIZE)
-        batch = 4 * (3 * max_tokens + 2 * (max_seqs + 1) + max_seqs * max_blocks + max_seqs)
-        buffers["batch"] = batch + 7 * 16
+        buffers["batch"] = batch_bytes(max_tokens, max_seqs, max_blocks)
+        buffers["copies"] = 12 * max_seqs + 16
         return buffers

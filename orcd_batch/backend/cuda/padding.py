@@ -18,14 +18,9 @@ MIN_TABLE_WIDTH = 4
 _PADDING_SAMPLING: Mapping[str, float] = {"top_p": 1.0, "repetition_penalty": 1.0}
 
 
-def is_decode(batch: Batch, sampling: SampleBatch | None) -> bool:
+def is_decode(batch: Batch, sampling: SampleBatch) -> bool:
     """Whether every sequence computes one token and gets one."""
-    num_seqs = len(batch.context_lens)
-    return (
-        sampling is not None
-        and len(batch.token_ids) == num_seqs
-        and len(sampling.position) == num_seqs
-    )
+    return len(batch.token_ids) == len(batch.context_lens) == len(sampling.position)
 
 
 def table_width(width: int, max_blocks: int) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from orcd_batch.backend.cuda.array import DeviceArray
+from orcd_batch.backend.cuda.attention import SPLIT_TILES
+from orcd_batch.backend.cuda.shared_splits import SharedSplits
 from orcd_batch.backend.cuda.staging import Staging
 from orcd_batch.backend.ops import Batch
 
@@ -13,9 +15,10 @@ from orcd_batch.backend.ops import Batch
 @dataclass(frozen=True, slots=True)
 class PlacedBatch(Batch):
     """num_leading: sequences of one token at the front, which attention need not look for among
-    the longer ones."""
+    the longer ones. shared: which splits decoding sequences share; None without sequences."""
 
     num_leading: int
+    shared: SharedSplits | None = None
 
     @property
     def long_sequences(self) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
@@ -26,11 +29,22 @@ class PlacedBatch(Batch):
         return start.rows(first, count + 1), lengths.rows(first, count), tables.rows(first, count)
 
 
-def place_batch(staging: Staging, batch: Batch) -> PlacedBatch:
-    """The same batch on the GPU: one asynchronous copy of all seven arrays."""
+def place_batch(staging: Staging, batch: Batch, shared: SharedSplits | None = None) -> PlacedBatch:
+    """The same batch, and what it shares, on the GPU: one asynchronous copy of all arrays."""
     names = Batch.__slots__
     arrays = [np.ascontiguousarray(getattr(batch, name), np.int32) for name in names]
+    if shared is not None:
+        arrays += [getattr(shared, name) for name in SharedSplits.__slots__]
     longer = np.flatnonzero(np.diff(batch.query_start) != 1)
     num_leading = int(longer[0]) if longer.size else len(batch.context_lens)
-    placed = dict(zip(names, staging.place("batch", arrays), strict=True))
-    return PlacedBatch(**placed, num_leading=num_leading)
+    placed = staging.place("batch", arrays)
+    on_device = None if shared is None else SharedSplits(*placed[len(names) :])
+    fields = dict(zip(names, placed, strict=False))
+    return PlacedBatch(**fields, num_leading=num_leading, shared=on_device)
+
+
+def batch_bytes(max_tokens: int, max_seqs: int, max_blocks: int) -> int:
+    """Bytes of the largest batch that `place_batch` places."""
+    splits = max_seqs * (max_blocks // SPLIT_TILES)
+    values = 3 * max_tokens + 4 * (max_seqs + 1) + max_seqs * max_blocks + 2 * splits + 2
+    return 4 * values + 16 * (len(Batch.__slots__) + len(SharedSplits.__slots__))

@@ -71,7 +71,7 @@ def plan_memory(
     """Shares out the free memory: weights, then work space, then KV blocks.
 
     memory: as it is before any of them is taken. utilization: the share of the free memory to
-    use, in (0, 1]. max_num_blocks: more would never be used. Raises DeviceError, with the bytes
+    use, in (0, 1]. max_num_blocks: no more than these. Raises DeviceError, with the bytes
     needed and available, when not even one sequence of max_model_len fits.
     """
     budget = int(memory.free * utilization) - RESERVE_BYTES

@@ -19,7 +19,8 @@ import numpy as np
 from orcd_batch.backend.cuda.array import DeviceArray
 from orcd_batch.backend.cuda.cache import cache_dir
 from orcd_batch.backend.cuda.device import Device
-from orcd_batch.backend.cuda.driver import call
+from orcd_batch.backend.cuda.driver import call, raise_gpu_failure
+from orcd_batch.backend.cuda.tensor_map import TensorMap, launch_with_maps
 from orcd_batch.errors import DeviceError
 
 Defines = Mapping[str, int | float | str]
@@ -162,15 +163,24 @@ class Kernels:
         """Queues one launch on the device's stream (or another).
 
         args: DeviceArrays (passed as pointers), ints (as 64-bit pointers), or numpy scalars of
-        the exact parameter type (np.int32, np.float32, np.uint64, …). shared_mem: dynamic bytes.
+        the exact parameter type (np.int32, np.float32, np.uint64, …); TensorMaps first, where the
+        grid has one dimension. shared_mem: dynamic bytes.
         """
         from cuda.core import launch
 
         if shared_mem > kernel.shared_memory:
             self._allow_shared_memory(kernel, shared_mem)
+        if args and isinstance(args[0], TensorMap):
+            config = (grid, block, shared_mem, stream or self.device.stream, kernel.overlaps)
+            launch_with_maps(kernel.kernel, args, *config)
+            return
         values = [arg.ptr if isinstance(arg, DeviceArray) else arg for arg in args]
         config = self._config(grid, block, shared_mem, kernel.overlaps)
-        launch(stream or self.device.stream, config, kernel.kernel, *values)
+        try:
+            launch(stream or self.device.stream, config, kernel.kernel, *values)
+        except Exception as error:
+            raise_gpu_failure(error)
+            raise
 
     def manifest(self) -> dict[str, Any]:
         """Compile options, compiler version, and SHA-256 of every cubin in use."""

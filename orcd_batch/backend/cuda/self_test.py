@@ -6,17 +6,20 @@ what may.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from orcd_batch.backend.cuda.array import FP16, DeviceArray
-from orcd_batch.backend.cuda.cublas import Algorithm, CublasLt
+from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.gemm_k16 import gemm_k16
 from orcd_batch.backend.cuda.graph import time_launches
+from orcd_batch.backend.cuda.product import Output
 from orcd_batch.backend.cuda.program import Kernels
 from orcd_batch.errors import DeviceError
 
@@ -25,21 +28,44 @@ _PATTERN_ROWS = 512
 # Outputs that a comparison covers at least, where a small product allows it.
 _OUTPUTS = 1 << 17
 _POISON = 0xFE
-# As many of the fastest that pass are timed at length.
-_FINALISTS = 6
+# As many of the fastest that pass are timed at length. From _MANY_ROWS on they keep the card at
+# its power limit, where others are fastest than in short runs: more finalists, timed in rounds.
+_MANY_ROWS = 1024
+_FINALISTS, _MANY_FINALISTS = 4, 8
+_ROUNDS = 3
+# Of one round, and the most products in it.
+_ROUND_SECONDS = 2e-3
+_MOST_REPEATS = 20
+# Up to so many rows a product is timed as in a decode step: after a small kernel of ours, beside
+# whose end it may start.
+_FEW_ROWS = 8
 
 # Queues one product: (x, weight, y).
 Product = Callable[[DeviceArray, DeviceArray, DeviceArray], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to get a product. code: what it is found by again; config: what the manifest says."""
+
+    code: str
+    config: Any
+    run: Product
+
+
 class SelfTest:
-    """Compares and times products of one (N, K), of up to as many rows as `y` (M, N) fp32 has.
+    """Compares and times products of one (N, K) and output, of up to as many rows as `y` has.
 
     y is overwritten; the memory of the input is given back by `close`.
     """
 
     def __init__(
-        self, device: Device, kernels: Kernels, weights: Sequence[DeviceArray], y: DeviceArray
+        self,
+        device: Device,
+        kernels: Kernels,
+        weights: Sequence[DeviceArray],
+        y: DeviceArray,
+        output: Output = Output.FP32,
     ) -> None:
         self._device = device
         self._kernels = kernels
@@ -48,73 +74,100 @@ class SelfTest:
         x_rows = y.shape[0] + _PATTERN_ROWS
         self._x = device.allocate(x_rows * k * FP16.itemsize, "staging")
         self._y = y
+        self._output = output
         self._sum = device.allocate(8, "staging")
+        self._added = device.allocate(_PATTERN_ROWS * n * FP32.itemsize, "staging")
+        self._row = device.allocate(k * FP16.itemsize, "staging")
+        self._index = device.allocate(4, "staging")
+        device.fill(self._index.ptr, 4)
         self._shape = (n, k)
-        self._fill(x_rows, k)
+        rng = np.random.default_rng(k)
+        x_pattern = rng.standard_normal((_PATTERN_ROWS, k), np.float32).astype(FP16)
+        self._fill(self._x.ptr, x_pattern, x_rows)
+        added = rng.standard_normal((_PATTERN_ROWS, n), np.float32)
+        self._fill(self._added.ptr, added, _PATTERN_ROWS)
+
+    @property
+    def reference(self) -> Product:
+        """gemm_k16 for this output."""
+        return partial(gemm_k16, self._kernels, output=self._output)
 
     def choose(
-        self, library: CublasLt, fewest_rows: int, num_rows: int
-    ) -> tuple[Algorithm | None, dict[str, Any]]:
+        self, candidates: Sequence[Candidate], fewest_rows: int, num_rows: int
+    ) -> tuple[Candidate | None, dict[str, Any]]:
         """The fastest candidate for `num_rows` whose bits equal gemm_k16's there and at
         `fewest_rows`, or None (gemm_k16 itself), and the record of the test."""
-        candidates = self.by_time(library, library.candidates(num_rows, self._shape), num_rows)
+        ordered = self.by_time(candidates, num_rows)
         row_counts = sorted({fewest_rows, num_rows})
-        expected = [self._bits(rows, partial(gemm_k16, self._kernels)) for rows in row_counts]
-        passed: list[Algorithm] = []
-        dropped: list[Algorithm] = []
-        for algorithm in candidates:
-            if len(passed) == _FINALISTS:
+        expected = [self._bits(rows, self.reference) for rows in row_counts]
+        passed: list[Candidate] = []
+        dropped: list[Candidate] = []
+        for candidate in ordered:
+            if len(passed) == (_MANY_FINALISTS if num_rows >= _MANY_ROWS else _FINALISTS):
                 break
-            run = partial(library.run, algorithm)
-            equal = [self._bits(rows, run) for rows in row_counts] == expected
-            (passed if equal else dropped).append(algorithm)
-        best, seconds = self._fastest(library, passed, num_rows)
+            equal = [self._bits(rows, candidate.run) for rows in row_counts] == expected
+            (passed if equal else dropped).append(candidate)
+        best, seconds = self._fastest(passed, num_rows)
         record = {
             "algorithm": best.config if best else "gemm_k16",
             "microseconds": round(seconds * 1e6, 2),
-            "candidates": len(candidates),
+            "candidates": len(ordered),
             "equal_to_gemm_k16": len(passed),
-            "dropped": [algorithm.config for algorithm in dropped],
+            "dropped": [candidate.config for candidate in dropped],
         }
         return best, record
 
-    def time(self, num_rows: int, run: Product, repeats: int = 20) -> float:
-        """Seconds per product on the GPU, weights taken in turn so that they are not in cache."""
+    def time(self, num_rows: int, run: Product, repeats: int = _MOST_REPEATS) -> float:
+        """Seconds per product on the GPU, weights taken in turn so that they are not in cache.
+
+        Few rows: together with the small kernel before it.
+        """
         x, y = self._operands(num_rows)
 
         def record() -> None:
             for i in range(repeats):
+                if num_rows <= _FEW_ROWS:
+                    self._copy_a_row(x)
                 run(x, self._weights[i % len(self._weights)], y)
 
         return time_launches(self._device, record) / repeats
 
-    def by_time(
-        self, library: CublasLt, algorithms: list[Algorithm], num_rows: int
-    ) -> list[Algorithm]:
+    def by_time(self, candidates: Sequence[Candidate], num_rows: int) -> list[Candidate]:
         """Those that run at all, fastest first after a short timing."""
         timed = []
-        for algorithm in algorithms:
+        for candidate in candidates:
             with suppress(DeviceError):
-                seconds = self.time(num_rows, partial(library.run, algorithm), 3)
-                timed.append((seconds, algorithm))
-        return [algorithm for _, algorithm in sorted(timed, key=lambda pair: pair[0])]
+                timed.append((self.time(num_rows, candidate.run, 3), candidate))
+        return [candidate for _, candidate in sorted(timed, key=lambda pair: pair[0])]
+
+    def times(self, candidates: Sequence[Candidate], num_rows: int) -> list[float]:
+        """Seconds per product of each, timed at length and in turn: all find the card as warm."""
+        once = self.time(num_rows, candidates[0].run, 2)
+        repeats = max(2, min(_MOST_REPEATS, int(_ROUND_SECONDS / once)))
+        rounds = [
+            [self.time(num_rows, candidate.run, repeats) for candidate in candidates]
+            for _ in range(_ROUNDS if num_rows >= _MANY_ROWS else 1)
+        ]
+        return [median(found) for found in zip(*rounds, strict=True)]
 
     def close(self) -> None:
-        for buffer in (self._x, self._sum):
+        for buffer in (self._x, self._sum, self._added, self._row, self._index):
             self._device.free(buffer)
 
     def _fastest(
-        self, library: CublasLt, algorithms: list[Algorithm], num_rows: int
-    ) -> tuple[Algorithm | None, float]:
-        if not algorithms:
-            return None, self.time(num_rows, partial(gemm_k16, self._kernels), 4)
-        timed = [(self.time(num_rows, partial(library.run, a)), a) for a in algorithms]
-        seconds, best = min(timed, key=lambda pair: pair[0])
-        return best, seconds
+        self, candidates: Sequence[Candidate], num_rows: int
+    ) -> tuple[Candidate | None, float]:
+        if not candidates:
+            return None, self.time(num_rows, self.reference, 4)
+        seconds = self.times(candidates, num_rows)
+        best = seconds.index(min(seconds))
+        return candidates[best], seconds[best]
 
     def _bits(self, num_rows: int, run: Product) -> int | None:
-        """A hash of the products of several inputs, every output poisoned before; None when
-        they cannot be run."""
+        """A hash of the products of several inputs; None when they cannot be run.
+
+        What is there before is poison, or the random numbers to be added to.
+        """
         from cuda.bindings import driver
 
         stream = self._device.stream.handle
@@ -122,7 +175,7 @@ class SelfTest:
         self._device.fill(self._sum.ptr, 8)
         for trial in range(self._num_trials(num_rows)):
             x, y = self._operands(num_rows, first_row=trial)
-            self._device.fill(y.ptr, y.nbytes, _POISON + trial % 2)
+            self._prepare_output(y, trial)
             try:
                 run(x, self._weights[trial % len(self._weights)], y)
             except DeviceError:
@@ -138,6 +191,11 @@ class SelfTest:
         """Few outputs would agree by chance: small products are compared on many inputs."""
         return max(1, min(_PATTERN_ROWS, _OUTPUTS // (num_rows * self._shape[0])))
 
+    def _copy_a_row(self, x: DeviceArray) -> None:
+        vectors = self._shape[1] * FP16.itemsize // 16
+        kernel = self._kernels.get("take_rows", {"ROW_VECTORS": vectors, "THREADS": 128})
+        self._kernels.launch(kernel, 1, 128, [x, self._index.ptr, self._row.ptr])
+
     def _operands(self, num_rows: int, first_row: int = 0) -> tuple[DeviceArray, DeviceArray]:
         k = self._shape[1]
         return (
@@ -145,17 +203,32 @@ class SelfTest:
             self._y.rows(0, num_rows),
         )
 
-    def _fill(self, x_rows: int, k: int) -> None:
+    def _prepare_output(self, y: DeviceArray, trial: int) -> None:
+        if self._output is Output.ADD:
+            self._repeat(y.ptr, self._added.ptr, y.shape[0], y.nbytes // y.shape[0])
+        else:
+            self._device.fill(y.ptr, y.nbytes, _POISON + trial % 2)
+
+    def _fill(self, target: int, pattern: NDArray[Any], num_rows: int) -> None:
         from cuda.bindings import driver
 
-        rows = _PATTERN_ROWS
-        pattern = np.random.default_rng(k).standard_normal((rows, k), np.float32).astype(FP16)
         stream = self._device.stream.handle
-        call(driver.cuMemcpyHtoDAsync(self._x.ptr, pattern.ctypes.data, pattern.nbytes, stream))
-        row_bytes = k * FP16.itemsize
-        while rows < x_rows:
-            count = min(rows, x_rows - rows) * row_bytes
-            target = self._x.ptr + rows * row_bytes
-            call(driver.cuMemcpyDtoDAsync(target, self._x.ptr, count, stream))
-            rows = min(2 * rows, x_rows)
+        call(driver.cuMemcpyHtoDAsync(target, pattern.ctypes.data, pattern.nbytes, stream))
+        self._repeat(target, target, num_rows, pattern.nbytes // len(pattern))
         self._device.synchronize()
+
+    def _repeat(self, target: int, pattern: int, num_rows: int, row_bytes: int) -> None:
+        """Rows of the pattern (of _PATTERN_ROWS), over and over, to num_rows rows at target."""
+        from cuda.bindings import driver
+
+        stream, rows = self._device.stream.handle, min(num_rows, _PATTERN_ROWS)
+        if target != pattern:
+            call(driver.cuMemcpyDtoDAsync(target, pattern, rows * row_bytes, stream))
+        while rows < num_rows:
+            count = min(rows, num_rows - rows)
+            call(
+                driver.cuMemcpyDtoDAsync(
+                    target + rows * row_bytes, target, count * row_bytes, stream
+                )
+            )
+            rows += count

@@ -2,14 +2,16 @@
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orcd_batch.backend.cuda.array import DeviceArray
+from orcd_batch.backend.cuda.closing import close_all
 from orcd_batch.backend.cuda.device import Device
-from orcd_batch.backend.cuda.driver import call
+from orcd_batch.backend.cuda.driver import call, wait_for_event
 from orcd_batch.backend.cuda.workspace import Workspace
 from orcd_batch.errors import DeviceError
 
@@ -29,11 +31,12 @@ class PinnedBuffer:
         from cuda.bindings import driver
 
         status, pointer = driver.cuMemHostAlloc(num_bytes, driver.CU_MEMHOSTALLOC_PORTABLE)
-        if int(status) != 0:
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise DeviceError(
                 f"{num_bytes:,} bytes of page-locked host memory are not to be had; "
                 "free host memory or raise the locked-memory limit (ulimit -l)."
             )
+        call((status,))
         self.ptr = int(pointer)
         memory = (ctypes.c_uint8 * num_bytes).from_address(self.ptr)
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
@@ -42,10 +45,10 @@ class PinnedBuffer:
         """Unlocks the memory. Safe to call twice; views of `bytes` must be gone."""
         from cuda.bindings import driver
 
-        if self.ptr:
+        pointer, self.ptr = self.ptr, 0
+        if pointer:
             self.bytes = np.empty(0, np.uint8)
-            call(driver.cuMemFreeHost(self.ptr))
-            self.ptr = 0
+            call(driver.cuMemFreeHost(pointer))
 
 
 class Staging:
@@ -105,12 +108,13 @@ class Staging:
         return result
 
     def close(self) -> None:
-        """Frees the pinned memory, once the copies under way have ended."""
-        for transfer in (*self._uploads, *self._downloads):
-            transfer.free()
-        if self._download is not None:
-            self._download.free()
-            self._download = None
+        """Frees the pinned memory, once the copies under way have ended. Safe to call twice.
+
+        Raises DeviceError, after trying them all, where the GPU failed before.
+        """
+        download, self._download = self._download, None
+        frees = [transfer.free for transfer in (*self._uploads, *self._downloads)]
+        close_all(*frees, *([download.free] if download is not None else []))
 
 
 class _Transfer:
@@ -121,8 +125,7 @@ class _Transfer:
         self._copied: Any = None
 
     def reserve(self, num_bytes: int) -> None:
-        if self._copied is not None:
-            self._copied.sync()
+        self._wait()
         if self._pinned is None or self._pinned.bytes.nbytes < num_bytes:
             self.free()
             self._pinned = PinnedBuffer(max(2 * num_bytes, 1 << 16))
@@ -132,11 +135,16 @@ class _Transfer:
         return self._pinned.bytes
 
     def free(self) -> None:
+        pinned, self._pinned = self._pinned, None
+        copied, self._copied = self._copied, None
+        close_all(
+            *([partial(wait_for_event, copied)] if copied is not None else []),
+            *([pinned.free] if pinned is not None else []),
+        )
+
+    def _wait(self) -> None:
         if self._copied is not None:
-            self._copied.sync()
-        if self._pinned is not None:
-            self._pinned.free()
-            self._pinned = None
+            wait_for_event(self._copied)
 
 
 class _Upload(_Transfer):
@@ -147,7 +155,7 @@ class _Upload(_Transfer):
         if num_bytes:
             handle = device.stream.handle
             call(driver.cuMemcpyHtoDAsync(target, self._pinned.ptr, num_bytes, handle))
-        self._copied = device.stream.record(self._copied)
+        self._copied = device.record(self._copied)
 
 
 class Download(_Transfer):
@@ -167,15 +175,12 @@ class Download(_Transfer):
             handle = device.stream.handle
             call(driver.cuMemcpyDtoHAsync(self._pinned.ptr, source, num_bytes, handle))
         self._num_bytes = num_bytes
-        self._copied = device.stream.record(self._copied)
+        self._copied = device.record(self._copied)
 
     def wait(self) -> NDArray[np.uint8]:
         """The bytes (n,), once they are there. Raises DeviceError where the GPU failed before."""
         assert self._copied is not None, "start() comes first"
-        try:
-            self._copied.sync()
-        except Exception as error:
-            raise DeviceError(f"The GPU failed in a step: {error}.") from error
+        self._wait()
         return self.pinned_bytes()[: self._num_bytes].copy()
 
 

@@ -1,7 +1,7 @@
 """Whole steps on the GPU: launched without waiting for results, decode steps as graph replays."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from orcd_batch.backend.cuda.padding import is_decode, pad_decode, pad_sampling,
 from orcd_batch.backend.cuda.placed_batch import place_batch
 from orcd_batch.backend.cuda.program import Kernels, int32
 from orcd_batch.backend.cuda.sampling import Sampling
+from orcd_batch.backend.cuda.shared_splits import SharedSplitFinder
 from orcd_batch.backend.cuda.staging import Download, Staging
-from orcd_batch.backend.ops import Batch, Compute, SampleBatch, Sampled
+from orcd_batch.backend.ops import Batch, Compute, KVCache, SampleBatch, Sampled
 
 _THREADS = 256
+COPY_THREADS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Steps:
         self._staging = staging
         self._sampling = sampling
         self.recordings = Recordings(device)
+        self.shared_splits = SharedSplitFinder()
         self._buckets: list[int] = []
         self._max_blocks = 0
         self._tokens: DeviceArray | None = None
@@ -58,12 +61,12 @@ class Steps:
     ) -> Launched | None:
         """See `backend.ops.Ops.launch`."""
         key: Hashable = None
-        if self.graphs and self._buckets and sampling is not None and is_decode(batch, sampling):
+        if sampling is not None and self._is_recorded and is_decode(batch, sampling):
             num_seqs = self._buckets[bisect_left(self._buckets, len(batch.context_lens))]
             width = table_width(batch.block_tables.shape[1], self._max_blocks)
             batch, sampling = pad_decode(batch, num_seqs, width), pad_sampling(sampling, num_seqs)
             key = (compute, num_seqs, width)
-        placed = place_batch(self._staging, batch)
+        placed = place_batch(self._staging, batch, self.shared_splits.find(batch))
         self._feed_back(batch.token_ids, placed.token_ids)
         parameters = None
         if sampling is not None:
@@ -75,6 +78,18 @@ class Steps:
         self._tokens = sampled.token_ids
         return Launched(self._sampling.download(sampled), sampled.token_ids.shape[0])
 
+    def copy_blocks(self, caches: Sequence[KVCache], copies: NDArray[np.int32]) -> None:
+        """See `backend.ops.Ops.copy_blocks`. The caches lie one behind the other."""
+        first = caches[0].keys
+        arrays = [array for cache in caches for array in (cache.keys, cache.values)]
+        assert all(a.ptr == first.ptr + i * first.nbytes for i, a in enumerate(arrays)), "gaps"
+        _, num_kv_heads, _, head_dim = first.shape
+        defines = {"NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "THREADS": COPY_THREADS}
+        kernel = self._kernels.get("copy_blocks", defines)
+        (placed,) = self._staging.place("copies", [np.ascontiguousarray(copies, np.int32)])
+        grid = (len(copies), len(arrays) * num_kv_heads)
+        self._kernels.launch(kernel, grid, COPY_THREADS, (first, placed, np.int64(first.size)))
+
     def collect(self, launched: Launched | None) -> Sampled | None:
         """Waits for the results of a step; those of padding come last."""
         if launched is None:
@@ -84,6 +99,10 @@ class Steps:
     def close(self) -> None:
         """Frees the graphs. Safe to call twice."""
         self.recordings.close()
+
+    @property
+    def _is_recorded(self) -> bool:
+        return self.graphs and bool(self._buckets)
 
     def _feed_back(self, ids: NDArray[np.int32], placed: DeviceArray) -> None:
         """Puts the tokens of the step launched before in place of the ids that stand for them."""

@@ -1,8 +1,9 @@
-"""Bytes from the mapped file into GPU memory: chunked, pinned, overlapped, proven.
+"""Bytes from the file into GPU memory: chunked, pinned, overlapped, proven.
 
 Reader threads each own two slots (a pinned buffer, a device buffer and a stream). A reader fills
-one slot from the file, sums what it read, and queues on the slot's stream the copy to the GPU, the
-checksum of what arrived, and the conversion; meanwhile its other slot is still on the move.
+one slot from the file (read, not mapped: a file cut short meanwhile is an error), sums what it
+read, and queues on the slot's stream the copy to the GPU, the checksum of what arrived, and the
+conversion; meanwhile its other slot is still on the move.
 """
 
 import os
@@ -10,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,9 @@ from orcd_batch.backend.cuda.checksum import (
     Multilinear,
     folded,
 )
+from orcd_batch.backend.cuda.closing import close_all
 from orcd_batch.backend.cuda.device import Buffer, Device
-from orcd_batch.backend.cuda.driver import call
+from orcd_batch.backend.cuda.driver import call, wait_for_stream
 from orcd_batch.backend.cuda.program import Kernels
 from orcd_batch.backend.cuda.staging import PinnedBuffer
 from orcd_batch.errors import DeviceError, OrcdError
@@ -37,12 +40,14 @@ _SUMS_BYTES = 8 * (ROW_WORDS + MAX_ROWS)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One piece on its way. convert(ptr, stream) queues what turns the raw bytes at device
-    address ptr into the weight; index: where its hash is kept; name: its tensor."""
+    """One piece on its way. read(target) fills num_bytes of host memory from the file;
+    convert(ptr, stream) queues what turns the raw bytes at device address ptr into the weight;
+    index: where its hash is kept; name: its tensor."""
 
     name: str
     index: int
-    data: NDArray[np.uint8]
+    num_bytes: int
+    read: Callable[[NDArray[np.uint8]], None]
     convert: Callable[[int, Any], None]
 
 
@@ -61,22 +66,18 @@ class Transfers:
         device.fill(self._hashes.ptr, self._hashes.num_bytes)
         device.synchronize()
         self._slots: list[_Slot] = []
-        self._readers: list[threading.Thread] = []
         count = max(1, min(MAX_READERS, os.cpu_count() or 1))
-        try:
-            for _ in range(2 * count):
-                self._slots.append(_Slot(device))
-        except BaseException:
-            self.close()
-            raise
-        self._readers = [
-            threading.Thread(target=self._read, args=(self._slots[2 * i : 2 * i + 2],), daemon=True)
-            for i in range(count)
-        ]
+        self._readers = [threading.Thread(target=self._read, daemon=True) for _ in range(count)]
         for reader in self._readers:
             reader.start()
 
-    def add(self, name: str, data: NDArray[np.uint8], convert: Callable[[int, Any], None]) -> None:
+    def add(
+        self,
+        name: str,
+        num_bytes: int,
+        read: Callable[[NDArray[np.uint8]], None],
+        convert: Callable[[int, Any], None],
+    ) -> None:
         """Queues one chunk of at most CHUNK_BYTES; waits only while many are under way.
 
         Raises what an earlier chunk failed with.
@@ -86,7 +87,7 @@ class Transfers:
         if index >= MAX_CHUNKS:
             raise DeviceError(f"The file is larger than {MAX_CHUNKS * CHUNK_BYTES:,} bytes.")
         self._names.append(name)
-        self._chunks.put(Chunk(name, index, data, convert))
+        self._chunks.put(Chunk(name, index, num_bytes, read, convert))
 
     def wait(self) -> None:
         """Waits until every chunk so far is in place. Raises what one failed with."""
@@ -118,11 +119,11 @@ class Transfers:
 
     def close(self) -> None:
         """Stops the readers and frees the slots. Safe to call twice."""
-        self._stop()
-        for slot in self._slots:
-            slot.free(self._device)
-        self._slots = []
-        self._device.free(self._hashes)
+        close_all(self._stop, self._free_slots, partial(self._device.free, self._hashes))
+
+    def _free_slots(self) -> None:
+        slots, self._slots = self._slots, []
+        close_all(*(partial(slot.free, self._device) for slot in slots))
 
     def _stop(self) -> None:
         for _ in self._readers:
@@ -140,7 +141,10 @@ class Transfers:
                 raise error
             raise DeviceError(f"Loading weights failed: {error}") from error
 
-    def _read(self, slots: list["_Slot"]) -> None:
+    def _read(self) -> None:
+        """One reader. It makes its slots itself, the second while the first is on the move:
+        page-locking memory takes long."""
+        slots: list[_Slot] = []
         moved = 0
         while True:
             chunk = self._chunks.get()
@@ -149,6 +153,9 @@ class Transfers:
                     return
                 if not self._errors:
                     self._device.make_current()
+                    if len(slots) < 2:
+                        slots.append(_Slot(self._device))
+                        self._slots.append(slots[-1])
                     self._move(chunk, slots[moved % 2])
                     moved += 1
             except BaseException as error:
@@ -158,8 +165,8 @@ class Transfers:
 
     def _move(self, chunk: Chunk, slot: "_Slot") -> None:
         slot.wait()
-        size = chunk.data.nbytes
-        self._sums[chunk.index] = slot.fill(chunk.data)
+        size = chunk.num_bytes
+        self._sums[chunk.index] = slot.fill(chunk)
         handle = slot.stream.handle
         call(_driver().cuMemcpyHtoDAsync(slot.target.ptr, slot.pinned.ptr, size, handle))
         launch, stream = self._kernels.launch, slot.stream
@@ -173,25 +180,32 @@ class Transfers:
 
 class _Slot:
     def __init__(self, device: Device) -> None:
+        """Raises DeviceError, nothing kept, where memory is short."""
         self.pinned = PinnedBuffer(CHUNK_BYTES)
-        self.target: Buffer = device.allocate(CHUNK_BYTES, "staging")
-        self.sums: Buffer = device.allocate(_SUMS_BYTES, "staging")
-        self.stream = device.new_stream()
+        try:
+            self.target: Buffer = device.allocate(CHUNK_BYTES, "staging")
+            self.sums: Buffer = device.allocate(_SUMS_BYTES, "staging")
+            self.stream = device.new_stream()
+        except BaseException:  # the buffers go with all others of their use
+            self.pinned.free()
+            raise
 
     def wait(self) -> None:
-        self.stream.sync()
+        wait_for_stream(self.stream)
 
-    def fill(self, data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-        """Copies into the pinned buffer; returns the sums of the file's bytes."""
-        self.pinned.bytes[: data.nbytes] = data
-        return folded(data)
+    def fill(self, chunk: Chunk) -> NDArray[np.uint64]:
+        """Reads the chunk into the pinned buffer; returns the sums of what was read."""
+        read = self.pinned.bytes[: chunk.num_bytes]
+        chunk.read(read)
+        return folded(read)
 
     def free(self, device: Device) -> None:
-        self.stream.sync()
-        self.stream.close()
-        self.pinned.free()
-        device.free(self.target)
-        device.free(self.sums)
+        close_all(
+            self.wait,
+            self.stream.close,
+            self.pinned.free,
+            *(partial(device.free, buffer) for buffer in (self.target, self.sums)),
+        )
 
 
 def _driver() -> Any:

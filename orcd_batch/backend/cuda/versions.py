@@ -1,5 +1,6 @@
 """The versions of everything below us that could change a bit on a GPU."""
 
+from orcd_batch.backend.cuda.cublaslt_binding import cublaslt
 from orcd_batch.backend.cuda.device import Device
 
 
@@ -18,8 +19,6 @@ def library_versions(device: Device) -> dict[str, str | None]:
 
 def _cublaslt_version() -> str | None:
     try:
-        from nvmath.bindings import cublasLt
-
-        return str(cublasLt.get_version())
+        return str(cublaslt().get_version())
     except Exception:  # nvmath raises types of its own when the library cannot be loaded
         return None
