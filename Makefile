@@ -24,10 +24,11 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz_gguf.py --count 100000
 	$(BIN)/python tests/fuzz_parquet.py --count 10000
 
-# The slow tests; twenty kills of real runs; a million rows in bounded memory.
+# The slow tests; thirty kills of real runs and sweeps; a million rows in bounded memory.
 trials: $(VENV)/.installed $(MODEL)
 	$(BIN)/python -m pytest --ignore tests/gpu -m slow
 	$(BIN)/python tests/crash_trials.py --trials 20
+	$(BIN)/python tests/crash_trials.py --sweep --trials 10
 	$(BIN)/python tests/large_job.py --rows 1000000
 
 # Where there is a GPU: per-op rooflines, products and what determinism costs, loading, start-up and

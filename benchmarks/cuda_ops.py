@@ -246,8 +246,10 @@ def cases(bench: Bench) -> Iterator[Case]:
         ("phi3", PHI3, 256, 512),
         ("phi3", PHI3, 32, 4000),
         ("qwen2.5-0.5b", QWEN, 256, 1024),
+        ("qwen2.5-0.5b", QWEN, 2048, 1024),
         ("qwen2.5-0.5b", QWEN, 1, 32000),
         ("llama-3-8b", LLAMA, 128, 1024),
+        ("llama-3-8b", LLAMA, 512, 1024),
     ]
     for model, heads, num_seqs, context in decodes:
         name = f"attention decode {model} B={num_seqs} context={context}"

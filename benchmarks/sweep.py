@@ -1,10 +1,12 @@
 """A fused sweep beside its jobs run alone, on the numpy engine: time, and every column's bits.
 
     python benchmarks/sweep.py [--prompts 64] [--max-tokens 16] [--singles 30] [--folder DIR]
+                               [--results DIR]
 
 The command line is run as a user runs it, in processes of their own, with the demo model. Single
 jobs are run before and after the sweep, half of them each, so that a busy machine slows both alike;
-with fewer than all of them, the time of all is estimated from their mean.
+with fewer than all of them, the time of all is estimated from their mean. `load` is how many
+processes wanted to run in the minute before, those of this benchmark and all others.
 """
 
 import argparse
@@ -15,13 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from results_file import write_results
+
+from orcd_batch.engine_factory import choose_engine
 
 ROOT = Path(__file__).parents[1]
 TEMPERATURES = ("0.0", "0.7", "1.0")
@@ -39,13 +44,17 @@ def write_prompts(path: Path, num_prompts: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of a process, from its start to its end; on a busy machine cpu_s says more."""
+    """Seconds of a process, from its start to its end; on a busy machine cpu_s says more.
+
+    load: of the machine in the minute before.
+    """
 
     wall_s: float
     cpu_s: float
+    load: float
 
     def __str__(self) -> str:
-        return f"{self.wall_s:.1f} s (CPU {self.cpu_s:.1f} s)"
+        return f"{self.wall_s:.1f} s (CPU {self.cpu_s:.1f} s, load {self.load:.1f})"
 
 
 def run(folder: Path, *overrides: str) -> tuple[Any, Cost]:
@@ -55,7 +64,7 @@ def run(folder: Path, *overrides: str) -> tuple[Any, Cost]:
         f"model.path={ROOT / 'models' / 'SmolLM2-135M-Instruct.Q4_1.gguf'}",
         "data=prompts.parquet", "engine=numpy", *overrides,
     ]  # fmt: skip
-    start, cpu_before = time.perf_counter(), cpu_of_children()
+    load, start, cpu_before = os.getloadavg()[0], time.perf_counter(), cpu_of_children()
     done = subprocess.run(
         command,
         cwd=folder,
@@ -66,7 +75,7 @@ def run(folder: Path, *overrides: str) -> tuple[Any, Cost]:
     )
     if done.returncode:
         sys.exit(f"exit code {done.returncode}: {done.stderr[-2000:]}")
-    cost = Cost(time.perf_counter() - start, cpu_of_children() - cpu_before)
+    cost = Cost(time.perf_counter() - start, cpu_of_children() - cpu_before, load)
     return json.loads(done.stdout.splitlines()[-1]), cost
 
 
@@ -87,18 +96,23 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--singles", type=int, default=30, help="how many jobs to run alone too")
     parser.add_argument("--folder", type=Path, help="keep the outputs here")
+    parser.add_argument("--results", type=Path, help="store the figures as JSON in this folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        measure(options.folder or Path(temporary), options)
+        facts = measure(options.folder or Path(temporary), options)
+    if options.results:
+        write_results(options.results, "sweep", choose_engine("numpy"), facts)
+    sys.exit(0 if facts["num_equal"] == facts["num_alone"] else 1)
 
 
-def measure(folder: Path, options: argparse.Namespace) -> None:
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs everything; what was found, as the results file has it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(folder / "prompts.parquet", options.prompts)
     common = f"sampling.max_tokens={options.max_tokens}"
     jobs = list(product(TEMPERATURES, SEEDS))
     chosen = [n * len(jobs) // options.singles for n in range(options.singles)]
-    costs: list[Cost] = []
+    costs: dict[int, Cost] = {}
 
     def run_alone(numbers: list[int]) -> None:
         for number in numbers:
@@ -107,7 +121,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
                 folder, common, f"sampling.temperature={temperature}", f"sampling.seed={seed}",
                 f"output=alone-{number}.parquet", "overwrite=true",
             )  # fmt: skip
-            costs.append(took)
+            costs[number] = took
             print(f"alone {number:2}: {took}, {document['tokens']} tokens", flush=True)
 
     run_alone(chosen[::2])
@@ -118,19 +132,40 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     tokens = sum(job["tokens"] for job in sweep)
     print(f"sweep of {len(jobs)}: {fused}, {tokens} tokens", flush=True)
     run_alone(chosen[1::2])
-    share = len(jobs) / len(costs)
-    alone = Cost(share * sum(c.wall_s for c in costs), share * sum(c.cpu_s for c in costs))
     equal = sum(
         same_rows(folder / f"alone-{number}.parquet", folder / sweep[number]["output"])
         for number in chosen
     )
+    return summary(options, fused, costs, tokens, equal)
+
+
+def summary(
+    options: argparse.Namespace, fused: Cost, costs: dict[int, Cost], tokens: int, equal: int
+) -> dict[str, Any]:
+    """Prints one sentence, and gives the same as plain values. costs: of the jobs run alone."""
+    num_jobs = len(TEMPERATURES) * len(SEEDS)
+    share = num_jobs / len(costs)
+    wall_s = share * sum(cost.wall_s for cost in costs.values())
+    cpu_s = share * sum(cost.cpu_s for cost in costs.values())
     print(
-        f"{options.prompts} prompts x {len(jobs)} jobs, max_tokens={options.max_tokens}: "
-        f"fused {fused}, {len(jobs)} single runs {alone}, {len(chosen)} of them measured; ratio "
-        f"{fused.wall_s / alone.wall_s:.3f} (CPU {fused.cpu_s / alone.cpu_s:.3f}); "
-        f"{equal} of {len(chosen)} outputs equal in every column"
+        f"{options.prompts} prompts x {num_jobs} jobs, max_tokens={options.max_tokens}: fused "
+        f"{fused}, {num_jobs} single runs {wall_s:.1f} s (CPU {cpu_s:.1f} s), {len(costs)} of them "
+        f"measured; ratio {fused.wall_s / wall_s:.3f} (CPU {fused.cpu_s / cpu_s:.3f}); "
+        f"{equal} of {len(costs)} outputs equal in every column"
     )
-    sys.exit(0 if equal == len(chosen) else 1)
+    return {
+        "num_prompts": options.prompts,
+        "max_tokens": options.max_tokens,
+        "num_jobs": num_jobs,
+        "num_tokens": tokens,
+        "num_alone": len(costs),
+        "num_equal": equal,
+        "ratio": round(fused.wall_s / wall_s, 4),
+        "cpu_ratio": round(fused.cpu_s / cpu_s, 4),
+        "fused": asdict(fused),
+        "all_alone": {"wall_s": wall_s, "cpu_s": cpu_s},
+        "alone": {str(number): asdict(cost) for number, cost in sorted(costs.items())},
+    }
 
 
 if __name__ == "__main__":

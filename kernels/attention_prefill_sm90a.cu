@@ -100,7 +100,7 @@ struct Loader {
         }
         copy_async_commit();
         copy_async_wait<0>();
-        show_to_wgmma();
+        show_to_async_units();
         __syncwarp();
         if (lane == 0) arrive(full + ring.place() * 8);
         ++ring.count;
@@ -278,6 +278,7 @@ __device__ __forceinline__ void attend(const Item& item, Tiles& tiles, float4* p
     const int last = group_row < item.num_rows ? group_last / TILE : -1;
 
     int tile = item.first_tile;
+    const int last_tile = item.last_tile;
     auto skip = [&] {
         tiles.wait_keys();
         tiles.wait_values();
@@ -286,7 +287,7 @@ __device__ __forceinline__ void attend(const Item& item, Tiles& tiles, float4* p
         tiles.release_values();
         ++tiles.ring.count;
     };
-    for (; tile < first && tile <= item.last_tile; ++tile) skip();
+    for (; tile < first && tile <= last_tile; ++tile) skip();
     if (tile <= last) {
         WarpRows rows;
         const int warp_row = item.block_row + warp * 16;
@@ -395,7 +396,7 @@ __device__ __forceinline__ void attend(const Item& item, Tiles& tiles, float4* p
                           merged[half].sum);
         }
     }
-    for (; tile <= item.last_tile; ++tile) skip();
+    for (; tile <= last_tile; ++tile) skip();
 }
 
 // The warps that own rows: one item after the other.
@@ -502,6 +503,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADER_THREADS, MIN_BLOCK
             init_barrier(shared_address(&shared.item_full[i]), 1);
             init_barrier(shared_address(&shared.item_empty[i]), WARPS);
         }
+        show_to_async_units();
     }
     __syncthreads();
     wait_for_previous();

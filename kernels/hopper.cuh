@@ -14,8 +14,9 @@ __device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
                  : "memory");
 }
 
-// What this thread wrote to shared memory may be read by wgmma, once a barrier says so.
-__device__ __forceinline__ void show_to_wgmma() {
+// What this thread wrote to shared memory, fresh barriers too, may be used by wgmma and the copy
+// engine, once a barrier says so.
+__device__ __forceinline__ void show_to_async_units() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

@@ -53,7 +53,7 @@ Options:
   scale_out=none|ray                    one job over many GPUs or nodes (docs/scale_out.md)
   scale_out.address/replicas/gpus_per_replica/cpus_per_replica/retries/start_timeout_s
   check.directory/history/baseline/junit/report/runs/batch_sizes/chunk_sizes/orders/single_rows/
-        stop_after/kill_after/thread_counts/prefix_caching/graphs/gpus/timeout_s
+        stop_after/kill_after/thread_counts/prefix_caching/graphs/gpus/replicas/timeout_s
                                         with the jobs nightly_reproducibility and acceptance
   debug=true                            tracebacks; time per op in the log and the manifest
 
@@ -117,7 +117,7 @@ def _run(args: list[str]) -> tuple[Any, int]:
     from orcd_batch.warm_up import gpu_warm_up
 
     with gpu_warm_up(args):
-        from orcd_batch.hydra_app import run
+        from orcd_batch.hydra_app.app import run
 
         return run(args)
 

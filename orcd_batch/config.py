@@ -126,7 +126,8 @@ class CheckOptions:
     runs: how often the job is run as configured. orders: how many shuffled orders of the rows.
     single_rows: how many rows are run alone. stop_after, kill_after: rows after which a run gets
     SIGTERM or SIGKILL and is then continued. prefix_caching, graphs: also without. gpus: also on
-    every other GPU of the same kind. timeout_s: a run that takes longer has failed.
+    every other GPU of the same kind, and on all of them together. replicas: also dealt to so many
+    workers by Ray, on GPUs or CPUs. timeout_s: a run that takes longer has failed.
     """
 
     directory: str = "outputs/check"
@@ -145,6 +146,7 @@ class CheckOptions:
     prefix_caching: bool = False
     graphs: bool = False
     gpus: bool = False
+    replicas: list[int] = field(default_factory=list)
     timeout_s: float | None = None
 
 
@@ -267,7 +269,7 @@ def _check_check(c: CheckOptions) -> None:
     _require(c.runs >= 1, "check.runs", c.runs, "at least 1")
     for name in ("orders", "single_rows"):
         _require(getattr(c, name) >= 0, f"check.{name}", getattr(c, name), "0 or more")
-    for name in ("batch_sizes", "chunk_sizes", "stop_after", "kill_after", "thread_counts"):
+    for name in (f.name for f in fields(c) if isinstance(getattr(c, f.name), list)):
         values = getattr(c, name)
         _require(min(values, default=1) >= 1, f"check.{name}", values, "numbers from 1 up")
     _require(c.timeout_s is None or c.timeout_s > 0, "check.timeout_s", c.timeout_s, "above 0")

@@ -24,7 +24,7 @@ from orcd_batch.reproducibility.environment import environment
 from orcd_batch.view import JobView
 
 if TYPE_CHECKING:
-    from orcd_batch.scale_out import ScaleOut
+    from orcd_batch.scale_out.driver import ScaleOut
 
 Result = dict[str, Any] | OrcdError
 
@@ -62,7 +62,10 @@ def run_jobs(jobs: Sequence[tuple[JobOptions, Path]], view: JobView | None = Non
         source.check_input(dataset.kind, dataset.columns.input)
         phases.end("model file")
         scale_out = stack.enter_context(_scale_out(options, jobs[0][1]))
-        choice, surroundings = scale_out.choose() if scale_out else _choose(options.engine.kind)
+        check = interrupts.stop_if_requested
+        choice, surroundings = (
+            scale_out.choose(check) if scale_out else _choose(options.engine.kind)
+        )
         phases.end("device")
         input_hash = dataset.content_hash()
 
@@ -86,8 +89,8 @@ def run_jobs(jobs: Sequence[tuple[JobOptions, Path]], view: JobView | None = Non
             machinery: Machinery
             if scale_out:
                 num_rows = dataset.num_rows - min(run.store.num_done_rows for run in unfinished)
-                check, identity = interrupts.stop_if_requested, unfinished[0].identity
-                machinery = scale_out.start(choice, sampling, identity, num_rows, check)
+                identity = unfinished[0].identity
+                machinery = scale_out.start(choice, sampling, identity, num_rows, check, view.say)
             else:
                 engine = LoadedEngine(source, options, sampling, choice, loading)
                 machinery = stack.enter_context(engine)
@@ -159,7 +162,7 @@ def _choose(kind: str) -> tuple[EngineChoice, dict[str, Any]]:
 def _scale_out(options: JobOptions, directory: Path) -> "AbstractContextManager[ScaleOut | None]":
     if options.scale_out.kind == "none":
         return nullcontext()
-    from orcd_batch.scale_out import ScaleOut
+    from orcd_batch.scale_out.driver import ScaleOut
 
     return ScaleOut(options, directory)
 

@@ -103,10 +103,10 @@ class JobRun:
 
 def output_of(options: JobOptions, directory: Path) -> str:
     """Where the job writes: what the options say, or completions.parquet in its directory."""
-    return options.output or _shown(directory / "completions.parquet")
+    return options.output or shown_path(directory / "completions.parquet")
 
 
-def _shown(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """The path as a user would type it: relative when it lies below the current directory."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

@@ -6,7 +6,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orcd_batch.backend.cuda.padding import is_decode, pad_decode, pad_sampling, table_width
+from orcd_batch.backend.cuda.padding import (
+    is_decode,
+    pad_decode,
+    pad_sampling,
+    step_sizes,
+    table_width,
+)
 from orcd_batch.backend.ops import Batch, SampleBatch
 
 
@@ -69,3 +75,12 @@ def test_tables_have_few_widths_and_hold_what_they_must(width: int, max_blocks: 
     padded = table_width(width, max_blocks)
     assert width <= padded <= max(max_blocks, width)
     assert padded in {4, 8, 16, 32, 64, 128, 256, 512, max_blocks}
+
+
+@given(st.integers(1, 3000))
+def test_every_number_of_sequences_has_a_size_that_adds_few(max_seqs: int) -> None:
+    sizes = step_sizes(max_seqs)
+    assert sizes[-1] == max_seqs
+    assert sizes == sorted(set(sizes))
+    for below, size in zip([0, *sizes], sizes, strict=False):
+        assert size - below <= max(64, below)

@@ -9,6 +9,8 @@ from support.doc_blocks import blocks_of, run, working_directory
 from support.paths import REPO_ROOT
 
 PAGES = {"python_api": (), "reading_results": ("duckdb", "polars")}
+# It begins with a run and a sweep of the real model, twenty seconds of two cores.
+RUN = ["python_api", pytest.param("reading_results", marks=pytest.mark.slow)]
 
 
 def cells(text: str) -> list[str]:
@@ -16,7 +18,7 @@ def cells(text: str) -> list[str]:
     return re.sub(r"[─-╿]", " ", text).split()
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", RUN)
 def test_a_page_s_code_prints_what_the_page_says(
     name: str, real_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

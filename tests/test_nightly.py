@@ -241,6 +241,20 @@ def test_a_bad_configuration_is_a_sentence_and_exit_code_2(tmp_path, in_process,
 
 
 @pytest.mark.slow
+def test_rows_dealt_to_two_workers_by_ray_are_a_variation_like_any_other(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'orcd-batch[ray]'")
+    folder = CheckFolder(tmp_path)
+    folder.write_inputs()
+    code, document, err = folder.night([*NOTHING_VARIED, "check.replicas=[2]"])
+    assert code == 0, err
+    assert [v["name"] for v in document["variations"][:2]] == ["reference", "replicas-2"]
+    (compared,) = document["comparisons"]
+    assert compared["equal"]
+    assert "rows of each worker: " in compared["explanation"]
+    assert document["num_devices"] == 1
+
+
+@pytest.mark.slow
 def test_ten_runs_of_five_prompts_agree(tmp_path):
     folder = CheckFolder(tmp_path)
     folder.write_inputs()
@@ -253,23 +267,16 @@ def test_ten_runs_of_five_prompts_agree(tmp_path):
     assert document["history"] is None
 
 
-def test_a_night_on_real_weights_passes(real_model, tmp_path):
-    folder = CheckFolder(tmp_path)
-    folder.write_inputs()
-    options = [f"model.path={real_model}", "dataset.limit=2", "sampling.max_tokens=2"]
-    code, document, err = folder.night([*ONE_BY_ONE, *options])
-    assert code == 0, err
-    assert (document["num_rows"], document["num_errors"]) == (2, 0)
-    assert document["baseline_status"] == "created"
-
-
 @pytest.mark.slow
-def test_real_weights_with_one_bit_flipped_fail(real_model, tmp_path):
+def test_real_weights_pass_and_with_one_bit_flipped_fail(real_model, tmp_path):
     folder = CheckFolder(tmp_path)
     folder.write_inputs()
     shutil.copyfile(real_model, folder.model)
     options = [*ONE_BY_ONE, "dataset.limit=2", "sampling.max_tokens=4"]
-    assert folder.night(options)[0] == 0
+    code, document, err = folder.night(options)
+    assert code == 0, err
+    assert (document["num_rows"], document["num_errors"]) == (2, 0)
+    assert document["baseline_status"] == "created"
     flip_weight_bit(folder.model, "blk.7.ffn_down.weight", byte=5, mask=0x01)
     code, document, _ = folder.night(options)
     assert code == 1
@@ -283,7 +290,7 @@ def test_every_job_of_the_package_composes():
     from hydra.core.global_hydra import GlobalHydra
 
     from orcd_batch.config import JobOptions, resolve
-    from orcd_batch.hydra_app import register_resolvers
+    from orcd_batch.hydra_app.app import register_resolvers
 
     GlobalHydra.instance().clear()
     ConfigStore.instance().store(name="orcd_schema", node=JobOptions)

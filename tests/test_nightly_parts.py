@@ -11,8 +11,8 @@ import pytest
 from orcd_batch.config import CheckOptions, JobOptions
 from orcd_batch.data import DatasetOptions, InputDataset
 from orcd_batch.errors import InputError, OutputError
-from orcd_batch.nightly_inputs import InputVariations
-from orcd_batch.nightly_plan import JobFacts, Stop, Variation, plan
+from orcd_batch.nightly.inputs import InputVariations
+from orcd_batch.nightly.plan import JobFacts, Stop, Variation, plan
 from orcd_batch.reproducibility.drift import describe
 from orcd_batch.reproducibility.facts import Change, changes
 from orcd_batch.reproducibility.history import SCHEMA, History
@@ -49,6 +49,30 @@ def test_what_makes_no_sense_here_is_left_out_with_a_reason():
     assert "gpu-1" not in found
     one_row = {v.name for v in plan(FULL, JobFacts("numpy", 1, 16, 512)) if v.reason}
     assert {"order-1", "row-0", "stopped-1", "killed-4"} <= one_row
+
+
+@pytest.mark.parametrize(
+    ("check", "job", "expected"),
+    [
+        ({"replicas": [2]}, {"has_ray": True}, {"replicas-2": None}),
+        ({"replicas": [2]}, {}, {"replicas-2": "Ray is not installed"}),
+        ({"gpus": True}, {"gpu_names": ("H200",) * 3, "has_ray": True}, {"replicas-3": None}),
+        ({"gpus": True}, {"gpu_names": ("H200", "H100"), "has_ray": True}, {}),
+        ({"gpus": True}, {"gpu_names": ("H200",), "has_ray": True}, {}),
+        (
+            {"gpus": True, "replicas": [2, 3]},
+            {"gpu_names": ("H200",) * 2, "has_ray": True},
+            {"replicas-2": None, "replicas-3": "2 GPUs here"},
+        ),
+    ],
+)
+def test_rows_are_dealt_to_workers_where_there_are_places_for_them(check, job, expected):
+    engine = "cuda" if "gpu_names" in job else "numpy"
+    facts = JobFacts(engine, 12, 256, 8192, **job)
+    found = [v for v in plan(CheckOptions(**check), facts) if v.replicas is not None]
+    assert {v.name: v.reason and v.reason.split(":")[0] for v in found} == expected
+    for variation in found:  # the first worker to be ready cannot take all rows
+        assert variation.engine["max_num_seqs"] * variation.replicas < facts.num_rows
 
 
 def test_a_batch_never_asks_for_more_sequences_than_tokens():
@@ -93,6 +117,8 @@ def test_shuffled_and_single_rows_keep_their_ids_and_sampling(tmp_path, with_ids
     assert [row_id for row_id, _ in shuffled] != list(expected)
     assert rows(Variation("row-3", "", row=3)) == [list(expected.items())[3]]
     assert inputs.options_of(Variation("same", "")) is options
+    dealt = inputs.options_of(Variation("replicas-2", "", replicas=2)).scale_out
+    assert (dealt.kind, dealt.replicas) == ("ray", 2)
 
 
 def test_a_history_grows_and_knows_the_last_good_night(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,8 +26,8 @@ from orcd_batch.config import ScaleOutOptions as Options
 from orcd_batch.data import read_manifest
 from orcd_batch.errors import RowError, ScaleOutError
 from orcd_batch.job import run_jobs
-from orcd_batch.scale_out import ScaleOut
-from orcd_batch.scale_out_worker import load_engine
+from orcd_batch.scale_out.driver import ScaleOut
+from orcd_batch.scale_out.worker import load_engine
 
 NUM_ROWS = 12
 POISON = 7
@@ -116,6 +117,14 @@ def test_without_ray_a_sentence_says_what_to_install(options, tmp_path, monkeypa
         run_jobs([(seeded(options, 1, "out.parquet", replicas=2), tmp_path)])
 
 
+def test_an_address_where_nobody_answers_is_refused_at_once(options, tmp_path):
+    needs_ray()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ScaleOutError, match=f"scale_out.address=127.0.0.1:{port}"):
+        run_jobs([(seeded(options, 1, "out.parquet", address=f"127.0.0.1:{port}"), tmp_path)])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def token():
     """Ray's processes recognise each other by a token; this one is known to these tests alone."""
@@ -186,7 +195,7 @@ def test_workers_that_never_get_ready_end_the_job_with_a_sentence(
 def test_a_worker_of_another_kind_is_refused_by_name(options, tmp_path, monkeypatch, cluster):
     monkeypatch.setattr("orcd_batch.engine_factory.cpu_name", lambda: "Another CPU")
     monkeypatch.setattr(
-        ScaleOut, "choose", lambda self: job_module._choose("numpy")
+        ScaleOut, "choose", lambda self, check: job_module._choose("numpy")
     )  # this process's, not the cluster's
     with pytest.raises(ScaleOutError, match=r"Worker \d on .*\(device is Another CPU here"):
         run_jobs([(seeded(options, 1, "out.parquet", address=cluster), tmp_path)])

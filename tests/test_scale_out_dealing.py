@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orcd_batch.data import InputRow
-from orcd_batch.scale_out_dealing import Dealer, DealtRow
+from orcd_batch.scale_out.dealing import Dealer
+from orcd_batch.scale_out.hands import DealtRow
 
 
 def dealt_row(index: int, num_tokens: int = 10, jobs: tuple[int, ...] = (0,)) -> DealtRow:
@@ -43,14 +44,20 @@ class Job:
         self.guilty += [dealt.row.index for dealt in self.dealer.leave(worker)]
         self.join(worker)
 
-    def run(self, poison: frozenset[int] = frozenset(), death_rate: float = 0.0) -> None:
+    def run(
+        self,
+        poison: frozenset[int] = frozenset(),
+        death_rate: float = 0.0,
+        broken: int | None = None,
+    ) -> None:
         for _ in range(100_000):
             for worker, rows in self.dealer.deal():
                 self.hands[worker] += [dealt.row.index for dealt in rows]
             if not self.dealer.has_unfinished:
                 return
             worker = self.chance.choice([w for w, hand in self.hands.items() if hand])
-            if poison.intersection(self.hands[worker]) or self.chance.random() < death_rate:
+            deadly = worker == broken or poison.intersection(self.hands[worker])
+            if deadly or self.chance.random() < death_rate:
                 self.die(worker)
                 continue
             index = self.hands[worker].pop(self.chance.randrange(len(self.hands[worker])))
@@ -90,6 +97,20 @@ def test_the_row_that_kills_its_workers_is_found_and_its_neighbours_are_not_blam
     assert job.num_deaths <= 7  # in company twice, three sizes of groups, alone twice
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    num_rows=st.integers(1, 60),
+    num_workers=st.integers(2, 4),
+    batch=st.integers(1, 16),
+    seed=st.integers(0, 2**20),
+)
+def test_a_worker_that_dies_of_every_row_makes_no_row_guilty(num_rows, num_workers, batch, seed):
+    job = Job(num_rows, num_workers, batch, seed)
+    job.run(broken=0)
+    assert job.guilty == []
+    assert sorted(job.finished) == list(range(num_rows))
+
+
 def test_a_row_alone_is_given_up_after_two_deaths():
     job = Job(1, 1, 8, seed=0)
     job.run(poison=frozenset([0]))
@@ -101,6 +122,15 @@ def test_the_longest_rows_are_dealt_first():
     dealer.join(0, 1)
     ((_, rows),) = dealer.deal()
     assert [dealt.row.index for dealt in rows][:2] == [3, 5]
+
+
+def test_workers_get_the_same_mix_of_long_and_short_rows():
+    dealer = filled(80, tokens=dict.fromkeys(range(8), 500))
+    dealer.join(0, 100)
+    dealer.join(1, 100)
+    hands = {worker: [dealt.row.index for dealt in rows] for worker, rows in dealer.deal()}
+    assert [sum(index < 8 for index in hand) for hand in hands.values()] == [4, 4]
+    assert [len(hand) for hand in hands.values()] == [40, 40]
 
 
 def test_a_worker_holds_two_batches_more_than_it_runs_and_fewer_toward_the_end():

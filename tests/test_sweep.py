@@ -1,5 +1,7 @@
 """Sweeps through the command line: jobs side by side over one model, each as if it were alone."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -21,7 +23,8 @@ from orcd_batch.data import part_store, read_manifest
 SMOLLM2 = REPO_ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # One of more than a block, so that its keys and values are shared.
 PROMPTS = ["one", "two two", "three, and a longer prompt " * 4, "four?", "ünïcode 🙂"]
-SWEEP = ["sampling.temperature=0,0.7,1.0", "sampling.seed=range(3)"]
+TABLE = {"id": list("abcde"), "prompt": PROMPTS, "extra": range(5)}
+SWEEP = ["sampling.temperature=0,0.7,1.0", "sampling.seed=range(2)"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,18 @@ def write(path, **columns):
 
 @pytest.fixture
 def prompts(tmp_path):
-    return write(tmp_path / "prompts.parquet", id=list("abcde"), prompt=PROMPTS, extra=range(5))
+    return write(tmp_path / "prompts.parquet", **TABLE)
+
+
+@pytest.fixture(scope="module")
+def fused(models, tmp_path_factory):
+    """The documents of SWEEP over the prompts, as it runs by default."""
+    folder, out = tmp_path_factory.mktemp("fused"), io.StringIO()
+    data = write(folder / "prompts.parquet", **TABLE)
+    sweep = ["-m", *base_options(models), data, *SWEEP, f"hydra.sweep.dir={folder}/swept"]
+    with contextlib.redirect_stdout(out):
+        assert main(sweep) == 0
+    return json.loads(out.getvalue().splitlines()[-1])
 
 
 def assert_as_alone(run, document, *overrides):
@@ -96,8 +110,8 @@ def test_every_job_of_a_sweep_gives_what_it_gives_alone_over_one_loaded_model(ru
     code, documents, err = run("-m", prompts, *SWEEP, "sampling.n=2")
     assert code == 0, err
     assert loads == ["tiny.gguf"]
-    assert len({d["output"] for d in documents}) == 9
-    chosen = [("0", 0, 0), ("0.7", 2, 5), ("1.0", 1, 7)]
+    assert len({d["output"] for d in documents}) == 6
+    chosen = [("0", 0, 0), ("0.7", 1, 3), ("1.0", 0, 4)]
     for temperature, seed, place in chosen:
         how = [f"sampling.temperature={temperature}", f"sampling.seed={seed}", "sampling.n=2"]
         assert_as_alone(run, documents[place], prompts, *how)
@@ -112,9 +126,8 @@ def test_every_job_of_a_sweep_gives_what_it_gives_alone_over_one_loaded_model(ru
         ["hydra/launcher=basic"],
     ],
 )
-def test_how_a_sweep_runs_changes_no_bit(run, prompts, how):
-    _, fused, _ = run("-m", prompts, *SWEEP, "hydra.sweep.dir=fused")
-    code, other, err = run("-m", prompts, *SWEEP, "hydra.sweep.dir=other", *how)
+def test_how_a_sweep_runs_changes_no_bit(run, fused, prompts, how):
+    code, other, err = run("-m", prompts, *SWEEP, *how)
     assert code == 0, err
     assert [d["run_hash"] for d in other] == [d["run_hash"] for d in fused]
     for one, two in zip(fused, other, strict=True):
@@ -125,21 +138,20 @@ def test_a_prompt_is_read_once_and_greedy_samples_are_computed_once(run, tmp_pat
     data = write(tmp_path / "long.parquet", prompt=[PROMPTS[2]])
     _, alone, _ = run(data, "output=alone.parquet")
     num_prompt_tokens = statistics(alone)["prefill_tokens"]
-    _, documents, _ = run("-m", data, "sampling.temperature=0,0.7,1.0", "sampling.seed=range(4)")
+    _, documents, _ = run("-m", data, *SWEEP)
     group = statistics(documents[0])["group"]
-    assert group["prefill_tokens"] + group["shared_prompt_tokens"] == 9 * num_prompt_tokens
-    assert group["shared_prompt_tokens"] >= 8 * 64
+    assert group["prefill_tokens"] + group["shared_prompt_tokens"] == 5 * num_prompt_tokens
+    assert group["shared_prompt_tokens"] >= 4 * 64
     assert group["tokens_computed"] == sum(d["tokens"] for d in documents)
-    assert group["tokens_sampled"] <= 9 * 6
+    assert group["tokens_sampled"] <= 5 * 6
 
 
-def test_the_manifests_of_a_sweep_say_what_was_shared_and_add_up(run, prompts):
-    _, documents, _ = run("-m", prompts, *SWEEP)
-    found = [statistics(document) for document in documents]
-    assert [s["shared_with"] for s in found] == [8] * 9
+def test_the_manifests_of_a_sweep_say_what_was_shared_and_add_up(run, fused, prompts):
+    found = [statistics(document) for document in fused]
+    assert [s["shared_with"] for s in found] == [5] * 6
     assert len({json.dumps(s["group"], sort_keys=True) for s in found}) == 1
     group = found[0]["group"]
-    assert group["jobs"] == 9
+    assert group["jobs"] == 6
     assert sum(s["tokens_computed"] for s in found) == group["tokens_computed"]
     rates = [s["tokens_per_s"] for s in found]
     assert sum(rates) == pytest.approx(group["tokens_per_s"], rel=0.01)
@@ -177,7 +189,7 @@ def test_error_rows_are_in_every_job_and_end_only_the_one_that_asks_for_it(run, 
     data = write(tmp_path / "bad.parquet", prompt=["fine", None, "much too long " * 200, "", "ok"])
     code, documents, err = run(
         "-m", data, "dataset.on_error=record,raise", "sampling.seed=1,2",
-        'output="${dataset.on_error}-${sampling.seed}.parquet"',
+        'hydra.sweep.subdir="${dataset.on_error}-${sampling.seed}"',
     )  # fmt: skip
     assert code == 1
     assert [d.get("errors") for d in documents[:2]] == [3, 3]
@@ -220,21 +232,70 @@ def test_an_output_that_cannot_be_written_ends_its_job_alone(run, prompts, tmp_p
 
 
 def test_jobs_with_one_output_are_refused_by_name_before_anything_runs(run, prompts, loads):
-    code, documents, _ = run("-m", prompts, "sampling.seed=1,2", "output=same.parquet")
+    code, documents, err = run("-m", prompts, "sampling.seed=1,2", "output=same.parquet")
     assert code == 2
-    for document in documents:
-        assert "same.parquet (sampling.seed=1, sampling.seed=2)" in document["error"]
+    sentence = "same.parquet would be the output of 2 jobs of this sweep"
+    assert all(sentence in d["error"] for d in documents)
+    assert f"orcd-batch: 2 jobs (sampling.seed=1, sampling.seed=2): {sentence}" in err
     assert not loads
     assert not Path("same.parquet").exists()
 
 
+@pytest.mark.parametrize("swept", ["sampling.seed=1,1", "engine.max_num_seqs=1,2", "output=a,b"])
+def test_jobs_that_compute_the_same_are_refused_as_they_have_one_directory(run, prompts, swept):
+    code, documents, err = run("-m", prompts, swept, "sampling.temperature=0.5")
+    assert code == 2
+    assert all("would be the directory of 2 jobs" in d["error"] for d in documents)
+    assert "hydra.sweep.subdir" in err
+
+
+def test_jobs_that_compute_the_same_run_in_directories_of_their_own(run, prompts):
+    named = "hydra.sweep.subdir='${engine.max_num_seqs}'"
+    code, documents, err = run("-m", prompts, "engine.max_num_seqs=1,2", named)
+    assert code == 0, err
+    assert [Path(d["output"]).parent.name for d in documents] == ["1", "2"]
+    assert documents[0]["run_hash"] == documents[1]["run_hash"]
+
+
+def test_an_error_of_many_jobs_is_told_once_with_their_names(run, prompts, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, documents, err = run("-m", prompts, "sampling.seed=range(5)", "model.path=gone.gguf")
+    assert (code, len(documents)) == (2, 5)
+    (line,) = (line for line in err.splitlines() if line.startswith("orcd-batch: "))
+    names = "sampling.seed=0, sampling.seed=1, sampling.seed=2, …"
+    assert line.startswith(f"orcd-batch: 5 jobs ({names}): There is no model file gone.gguf")
+    table = [line.split("│")[1:-1] for line in err.splitlines() if "│" in line]
+    assert [(cells[0].strip(), cells[-1].strip()) for cells in table] == [
+        (str(seed), "failed") for seed in range(5)
+    ]
+
+
+def test_a_sweep_directory_that_cannot_be_made_is_a_sentence(run, prompts, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    code, _, err = run("-m", prompts, "sampling.seed=1,2", "hydra.sweep.dir=taken")
+    assert code == 2
+    assert "cannot be made: File exists: 'taken'; name another place" in err
+
+
 def test_finished_jobs_are_skipped_without_loading_the_model(run, prompts, loads):
-    _, first, _ = run("-m", prompts, *SWEEP)
-    code, second, err = run("-m", prompts, *SWEEP)
+    _, first, _ = run("-m", prompts, "sampling.seed=1,2")
+    code, second, err = run("-m", prompts, "sampling.seed=1,2")
     assert code == 0, err
     assert loads == ["tiny.gguf"]
-    assert [d["rows_computed"] for d in second] == [0] * 9
+    assert [d["rows_computed"] for d in second] == [0, 0]
     assert [d["run_hash"] for d in second] == [d["run_hash"] for d in first]
+
+
+def test_a_sweep_goes_on_in_its_directory_with_other_engine_options(run, prompts):
+    how = ["-m", prompts, "sampling=default", "sampling.seed=1,2"]
+    _, first, _ = run(*how)
+    other = ["engine.max_num_seqs=2", "++engine.num_threads=1", "dataset.on_error=raise"]
+    code, second, err = run(*how, *other)
+    assert code == 0, err
+    assert [d["output"] for d in second] == [d["output"] for d in first]
+    assert [d["rows_computed"] for d in second] == [0, 0]
+    _, shorter, _ = run(*how, "engine.max_model_len=200")
+    assert {d["output"] for d in shorter}.isdisjoint(d["output"] for d in first)
 
 
 def test_a_sweep_finishes_what_one_job_has_done_and_another_has_half_done(run, prompts, tmp_path):
@@ -387,34 +448,35 @@ def test_one_engine_is_gone_before_the_next_is_loaded(run, prompts, models, monk
 
 
 def test_ctrl_c_keeps_the_finished_rows_of_every_job_and_the_command_continues(models, tmp_path):
-    write(tmp_path / "in.parquet", prompt=[f"row {i}" for i in range(200)])
+    write(tmp_path / "in.parquet", prompt=[f"row {i}" for i in range(150)])
+    main_with_small_parts = (
+        "import sys; from orcd_batch.data import part_store; part_store.COMMIT_ROWS = 10; "
+        "from orcd_batch.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     command = [
-        sys.executable, "-m", "orcd_batch", "-m", *base_options(models), "data=in.parquet",
+        sys.executable, "-c", main_with_small_parts, "-m", *base_options(models), "data=in.parquet",
         "sampling=default", "sampling.seed=1,2,3", "hydra.sweep.dir=swept",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not is_generating(tmp_path / "swept"):
-        time.sleep(0.01)
-    time.sleep(0.3)
+    while process.poll() is None and num_jobs_with_rows(tmp_path / "swept") < 3:
+        time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err.decode()
     interrupted = json.loads(out.splitlines()[-1])
     assert ["Interrupted" in d["error"] for d in interrupted] == [True] * 3
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, check=True, timeout=120
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
     documents = json.loads(done.stdout.splitlines()[-1])
-    assert [d["rows"] for d in documents] == [200] * 3
+    assert [d["rows"] for d in documents] == [150] * 3
     assert all(d["rows_resumed"] > 0 for d in documents)
 
 
-def is_generating(sweep: Path) -> bool:
-    return any("numpy engine" in log.read_text() for log in sweep.glob("*/orcd_batch.log"))
+def num_jobs_with_rows(sweep: Path) -> int:
+    return len({part.parent for part in sweep.glob("*/*.parts/*.arrow")})
 
 
 @pytest.mark.slow
@@ -427,7 +489,7 @@ def test_a_sweep_on_smollm2_gives_each_job_what_it_gives_alone(tmp_path, monkeyp
     ]  # fmt: skip
     assert main(["-m", *how, *SWEEP]) == 0
     documents = json.loads(capsys.readouterr().out.splitlines()[-1])
-    jobs = [(t, s) for t in ("0", "0.7", "1.0") for s in range(3)]
+    jobs = [(t, s) for t in ("0", "0.7", "1.0") for s in range(2)]
     for (temperature, seed), document in zip(jobs, documents, strict=True):
         output = f"alone-{temperature}-{seed}.parquet"
         own = [f"sampling.temperature={temperature}", f"sampling.seed={seed}", f"output={output}"]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.utils import (
     JobReturn,
     configure_log,
@@ -12,6 +14,7 @@ from hydra.core.utils import (
     run_job,
     setup_globals,
 )
+from hydra.plugins.config_source import ConfigSource
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
@@ -19,6 +22,9 @@ from omegaconf import DictConfig, open_dict
 from orcd_batch.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+# A composed config is about a megabyte.
+_MAX_KEPT_CONFIGS = 256
 
 
 class JobCollection(Protocol):
@@ -31,12 +37,56 @@ class JobCollection(Protocol):
         """Runs the jobs taken since the last call."""
 
 
+class ComposedOnce(ConfigLoader):
+    """A config loader that keeps what Hydra's sweeper composes to check a job, for its launch.
+
+    Composing takes a tenth of a second: at 30 jobs more than loading a small model.
+    """
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self._loader = loader
+        self._kept: dict[tuple[str, ...], DictConfig] = {}
+
+    def load_sweep_config(
+        self, master_config: DictConfig, sweep_overrides: list[str]
+    ) -> DictConfig:
+        found = self._loader.load_sweep_config(master_config, sweep_overrides)
+        if len(self._kept) < _MAX_KEPT_CONFIGS:
+            self._kept[tuple(sweep_overrides)] = found
+        return found
+
+    def taken(self, master_config: DictConfig, overrides: list[str]) -> DictConfig:
+        """A job's config, which nobody else has."""
+        kept = self._kept.pop(tuple(overrides), None)
+        return kept or self._loader.load_sweep_config(master_config, overrides)
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        return self._loader.load_configuration(*args, **kwargs)
+
+    def get_search_path(self) -> ConfigSearchPath:
+        return self._loader.get_search_path()
+
+    def get_sources(self) -> list[ConfigSource]:
+        return self._loader.get_sources()
+
+    def list_groups(self, parent_name: str) -> list[str]:
+        return self._loader.list_groups(parent_name)
+
+    def get_group_options(self, *args: Any, **kwargs: Any) -> list[str]:
+        return self._loader.get_group_options(*args, **kwargs)
+
+    def compute_defaults_list(self, *args: Any, **kwargs: Any) -> Any:
+        return self._loader.compute_defaults_list(*args, **kwargs)
+
+
 class FusedLauncher(Launcher):
     """Composes the jobs as Hydra's BasicLauncher does, then runs them as one."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        self._loader = ComposedOnce(hydra_context.config_loader)
+        hydra_context.config_loader = self._loader
         self._context, self._config = hydra_context, config
         self._jobs: Any = task_function
         if config.hydra.job.chdir or config.hydra.job.env_set:
@@ -63,8 +113,7 @@ class FusedLauncher(Launcher):
         return returns
 
     def _prepare(self, number: int, overrides: Sequence[str], jobs: JobCollection) -> JobReturn:
-        loader = self._context.config_loader
-        config = loader.load_sweep_config(self._config, list(overrides))
+        config = self._loader.taken(self._config, list(overrides))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
         returned = run_job(

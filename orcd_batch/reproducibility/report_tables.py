@@ -1,6 +1,7 @@
 """The tables of a report over runs, the same in a terminal and in HTML."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ MEANS = (
     "length: mean completion tokens of a row. logprob: mean natural log, per token. tok/s is left "
     "out where jobs ran together."
 )
+NOTHING = "–"
 _MAX_LISTED_PAIRS = 28
 
 
@@ -42,7 +44,7 @@ def results(found: Report) -> Table:
         for i, run in enumerate(found.runs)
     ]
     columns = ("#", *varying, *RESULTS)
-    return Table("Results", (*columns, "finish"), rows, numeric(columns), MEANS)
+    return filled(Table("Results", (*columns, "finish"), rows, numeric(columns), MEANS))
 
 
 def agreement(found: Report) -> list[Table]:
@@ -112,11 +114,7 @@ def resources(manifest: Mapping[str, Any]) -> list[Table]:
     """Time and tokens by phase, memory by use, and ops where they were timed."""
     facts = timings(dict(manifest))
     memory = section(dict(manifest), "engine", "backend", "memory_by_use")
-    rows = [
-        (name, _quantity(name, value))
-        for name, value in facts.items()
-        if name not in ("ended", "group")
-    ]
+    rows = list(_quantities({k: v for k, v in facts.items() if k not in ("ended", "group")}))
     rows += [(f"memory: {name}", _quantity("_bytes", value)) for name, value in memory.items()]
     ops = section(dict(manifest), "engine", "backend", "op_times")
     found = [Table("Statistics of the run", ("what", "value"), rows, frozenset((1,)))]
@@ -160,18 +158,18 @@ def short_name(parameter: str) -> str:
 
 
 def text(value: object) -> str:
-    return "–" if value is None else str(value)
+    return NOTHING if value is None else str(value)
 
 
 def percent(share: float | None) -> str:
     """A share; all and none without decimals, which they would only seem to need."""
     if share is None:
-        return "–"
+        return NOTHING
     return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.1f} %"
 
 
 def rounded(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+    return NOTHING if value is None else f"{value:,.{digits}f}"
 
 
 def duration(seconds: float) -> str:
@@ -194,6 +192,21 @@ def figures(run: RunSummary) -> tuple[str, ...]:
     )
 
 
+def filled(table: Table) -> Table:
+    """The table without the columns in which no row has anything."""
+    kept = [
+        i
+        for i in range(len(table.columns))
+        if not table.rows or any(row[i] != NOTHING for row in table.rows)
+    ]
+    return replace(
+        table,
+        columns=[table.columns[i] for i in kept],
+        rows=[[row[i] for i in kept] for row in table.rows],
+        numeric=frozenset(place for place, i in enumerate(kept) if i in table.numeric),
+    )
+
+
 def numeric(columns: Sequence[str]) -> frozenset[int]:
     """All columns of a table whose first columns are these."""
     return frozenset(range(len(columns)))
@@ -210,6 +223,18 @@ def _key(row: NotableRow) -> tuple[str, str]:
     return shortened(row.id), str(row.sample_index)
 
 
+def _quantities(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and values; what has parts is a line for each of them."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            unit = name[name.rfind("_") :] if "_" in name else ""
+            yield from (
+                (f"{name.removesuffix(unit)}: {k}", _quantity(unit, v)) for k, v in value.items()
+            )
+        else:
+            yield name, _quantity(name, value)
+
+
 def _quantity(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return shortened(value)
@@ -221,8 +246,8 @@ def _quantity(name: str, value: Any) -> str:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """Names and their numbers as text."""
-    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
+    """Names and their numbers as text, in one order whatever came first."""
+    return ", ".join(f"{number:,} {name}" for name, number in sorted(counts.items()))
 
 
 def _share(part: int, whole: int) -> str:

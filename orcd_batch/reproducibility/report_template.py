@@ -83,6 +83,11 @@ details[open] > summary { margin-bottom: .5rem; }
 .reading dl { margin: 0; display: grid; gap: .6rem 1rem; }
 .reading dt { color: var(--quiet); font-size: .85rem; margin-bottom: -.5rem; }
 .reading dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.table p { font-size: .9rem; }
+@media (max-width: 30rem) {
+  th, td { padding-right: .9rem; }
+  td { min-width: 11rem; }
+}
 @media (min-width: 48rem) {
   .reading dl { grid-template-columns: max-content minmax(0, 1fr); }
   .reading dt { margin: 0; }

@@ -11,6 +11,7 @@ from orcd_batch.reproducibility.report_tables import (
     RESULTS,
     counted,
     figures,
+    filled,
     numeric,
     percent,
     rounded,
@@ -33,7 +34,7 @@ def jobs(found: Report) -> list[Table]:
         for i, run in enumerate(found.runs)
     ]
     return [
-        Table("Finished jobs", columns, rows, numeric(columns), MEANS),
+        filled(Table("Finished jobs", columns, rows, numeric(columns), MEANS)),
         Table("Hashes", ("#", "job", "run hash", "finish"), hashes, frozenset((0,))),
     ]
 

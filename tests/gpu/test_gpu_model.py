@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,19 @@ def test_no_option_changes_a_bit(path: Path, expected: Bits, options: dict[str, 
         assert run(built.engine, todo[5:6]) == {5: expected[5]}
 
 
+@pytest.mark.parametrize(
+    ("module", "switch"), [("program", "OVERLAP"), ("attention", "USE_WGMMA")], ids=str
+)
+def test_no_way_of_launching_changes_a_bit(
+    path: Path, expected: Bits, monkeypatch: pytest.MonkeyPatch, module: str, switch: str
+) -> None:
+    layout = import_module(f"orcd_batch.backend.cuda.{module}")
+    monkeypatch.setattr(layout, switch, not getattr(layout, switch))
+    with build(path, max_num_seqs=64, max_num_batched_tokens=4096) as built:
+        for _ in range(3):
+            assert run(built.engine, requests()) == expected
+
+
 def test_a_stop_token_noticed_late_ends_a_sample_where_it_stands(
     path: Path, expected: Bits
 ) -> None:
@@ -221,5 +235,6 @@ def test_debug_reports_the_time_of_every_op(path: Path) -> None:
     layers = built.config.num_layers
     steps = built.engine.num_steps
     assert summary["attention"]["calls"] == layers * steps
-    assert summary["linear"]["calls"] == (4 * layers + 1) * steps
+    assert summary["linear"]["calls"] == summary["linear_add"]["calls"] == 2 * layers * steps
+    assert summary["logits"]["calls"] == steps
     assert all(op["seconds"] > 0 for op in summary.values())

@@ -5,6 +5,7 @@ descriptor 3 and writes answers and events to descriptor 4 (`--remote-debugging-
 """
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -26,6 +27,7 @@ FLAGS = (
     *("--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
 TIMEOUT_S = 60.0
+_FIRST_DESCRIPTOR = 10
 
 
 class Browser:
@@ -113,14 +115,23 @@ def require_browser() -> str:
     return found
 
 
+def _pipe_above(least: int) -> tuple[int, int]:
+    """A pipe's two ends with numbers that the browser's own 3 and 4 do not collide with."""
+    ends = os.pipe()
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, least) for end in ends]
+    for end in ends:
+        os.close(end)
+    return moved[0], moved[1]
+
+
 @contextmanager
 def open_browser(program: str) -> Iterator[Browser]:
     """Starts the browser with a profile of its own and ends it."""
-    to_browser, from_us = os.pipe()
-    to_us, from_browser = os.pipe()
+    to_browser, from_us = _pipe_above(_FIRST_DESCRIPTOR)
+    to_us, from_browser = _pipe_above(_FIRST_DESCRIPTOR)
     with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile:
-        # The shell gives the pipes the numbers 3 and 4, whatever they are here (perhaps 4 and 3).
-        script = f'exec 8<&{to_browser} 9>&{from_browser} 3<&8 4>&9; exec "$@" 8<&- 9>&-'
+        # The shell gives the pipes the numbers 3 and 4.
+        script = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"'
         process = subprocess.Popen(
             ["bash", "-c", script, "bash", program, *FLAGS, f"--user-data-dir={profile}"],
             pass_fds=(to_browser, from_browser),

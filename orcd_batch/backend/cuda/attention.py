@@ -28,9 +28,9 @@ _DECODE_WARPS_TIMES_HEAD_DIM = 768
 PREFILL_STAGES = 2
 PREFILL_WARPS = 4
 PREFILL_ROW_TILES = 1
-# On Hopper a kernel with wgmma can stand in for it. Off: its last edits have not run on a card; the
-# warps of rows depend on the head dim.
-USE_WGMMA = False
+# On Hopper a kernel with wgmma stands in for it, with the same bits; how many of its warps own rows
+# depends on the head dim.
+USE_WGMMA = True
 WGMMA_STAGES = 4
 MERGE_WARPS = 4
 

@@ -123,18 +123,26 @@ class CublasLt:
                 int(self._device.stream.handle),
             )
         except self._lt.cuBLASLtError as error:
+            self._device.memory_info()  # raises what an earlier kernel failed with, if one did
             raise DeviceError(
                 f"cuBLASLt cannot run algorithm {algorithm.config} for M={x.shape[0]}, N={n}, "
                 f"K={k}: {error}."
             ) from error
 
     def close(self) -> None:
-        """Destroys the handle. Safe to call twice."""
+        """Destroys the handle. Safe to call twice.
+
+        Raises DeviceError where the GPU failed before.
+        """
         handle, self._handle = self._handle, 0
-        if handle:
+        if not handle:
+            return
+        try:
             self._forget_layouts()
             self._lt.matmul_desc_destroy(self._product)
             self._lt.destroy(handle)
+        except self._lt.cuBLASLtError as error:
+            raise DeviceError(f"cuBLASLt cannot be closed: {error}.") from error
 
     def _heuristic(
         self, num_rows: int, weight_shape: tuple[int, int], output: Output, reductions: int

@@ -28,8 +28,8 @@ from orcd_batch.errors import DeviceError
 
 # An algorithm is chosen for each of these M and used from the one before it, exclusive, on.
 BUCKETS = (
-    *(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),
-    *(3072, 4096, 6144, 8192, 12288, 16384, 32768),
+    *(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024),
+    *(1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768),
 )
 
 # Timing goes through this many bytes of weights, more than any L2 cache holds.

@@ -15,12 +15,22 @@ from orcd_batch.backend.ops import Batch, SampleBatch
 # Widths of block tables come in powers of two from here on: one split of attention.
 MIN_TABLE_WIDTH = 4
 
+# Numbers of sequences; beyond the last, multiples of it: half a tile of a matrix product's rows.
+_FEW_SEQS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
 _PADDING_SAMPLING: Mapping[str, float] = {"top_p": 1.0, "repetition_penalty": 1.0}
 
 
 def is_decode(batch: Batch, sampling: SampleBatch) -> bool:
     """Whether every sequence computes one token and gets one."""
     return len(batch.token_ids) == len(batch.context_lens) == len(sampling.position)
+
+
+def step_sizes(max_seqs: int) -> list[int]:
+    """The numbers of sequences that decode steps are padded to, ascending, up to max_seqs."""
+    step = _FEW_SEQS[-1]
+    sizes = [*_FEW_SEQS, *range(2 * step, max_seqs, step)]
+    return [*(size for size in sizes if size < max_seqs), max_seqs]
 
 
 def table_width(width: int, max_blocks: int) -> int:

@@ -76,7 +76,8 @@ class SelfTest:
         self._y = y
         self._output = output
         self._sum = device.allocate(8, "staging")
-        self._added = device.allocate(_PATTERN_ROWS * n * FP32.itemsize, "staging")
+        added_rows = _PATTERN_ROWS if output is Output.ADD else 0
+        self._added = device.allocate(added_rows * n * FP32.itemsize, "staging")
         self._row = device.allocate(k * FP16.itemsize, "staging")
         self._index = device.allocate(4, "staging")
         device.fill(self._index.ptr, 4)
@@ -84,8 +85,9 @@ class SelfTest:
         rng = np.random.default_rng(k)
         x_pattern = rng.standard_normal((_PATTERN_ROWS, k), np.float32).astype(FP16)
         self._fill(self._x.ptr, x_pattern, x_rows)
-        added = rng.standard_normal((_PATTERN_ROWS, n), np.float32)
-        self._fill(self._added.ptr, added, _PATTERN_ROWS)
+        if added_rows:
+            added = rng.standard_normal((added_rows, n), np.float32)
+            self._fill(self._added.ptr, added, added_rows)
 
     @property
     def reference(self) -> Product:

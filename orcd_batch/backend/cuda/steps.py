@@ -3,7 +3,8 @@
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,13 @@ from numpy.typing import NDArray
 from orcd_batch.backend.cuda.array import DeviceArray
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.graph import Graph
-from orcd_batch.backend.cuda.linear import buckets_up_to
-from orcd_batch.backend.cuda.padding import is_decode, pad_decode, pad_sampling, table_width
+from orcd_batch.backend.cuda.padding import (
+    is_decode,
+    pad_decode,
+    pad_sampling,
+    step_sizes,
+    table_width,
+)
 from orcd_batch.backend.cuda.placed_batch import place_batch
 from orcd_batch.backend.cuda.program import Kernels, int32
 from orcd_batch.backend.cuda.sampling import Sampling
@@ -32,6 +38,18 @@ class Launched:
     num_rows: int
 
 
+class WholeStep(Protocol):
+    """Another way to run a decode step; see `few_rows_step.FewRowsStep`."""
+
+    def serves(self, num_rows: int, table_width: int) -> bool: ...
+
+    def is_proven(self, num_rows: int, table_width: int) -> bool: ...
+
+    def judge(self, num_rows: int, table_width: int, is_equal: bool) -> None: ...
+
+    def run(self, batch: Any, work: Callable[[], Any]) -> Any: ...
+
+
 class Steps:
     """Launches steps and collects their results, in order.
 
@@ -46,14 +64,15 @@ class Steps:
         self._sampling = sampling
         self.recordings = Recordings(device)
         self.shared_splits = SharedSplitFinder()
-        self._buckets: list[int] = []
+        self._sizes: list[int] = []
         self._max_blocks = 0
         self._tokens: DeviceArray | None = None
         self.graphs = True
+        self.whole: WholeStep | None = None
 
     def prepare(self, max_seqs: int, max_blocks: int) -> None:
         """From here on work buffers keep their addresses, so that steps can be recorded."""
-        self._buckets = [bucket.most for bucket in buckets_up_to(max_seqs)]
+        self._sizes = step_sizes(max_seqs)
         self._max_blocks = max_blocks
 
     def launch(
@@ -62,7 +81,7 @@ class Steps:
         """See `backend.ops.Ops.launch`."""
         key: Hashable = None
         if sampling is not None and self._is_recorded and is_decode(batch, sampling):
-            num_seqs = self._buckets[bisect_left(self._buckets, len(batch.context_lens))]
+            num_seqs = self._sizes[bisect_left(self._sizes, len(batch.context_lens))]
             width = table_width(batch.block_tables.shape[1], self._max_blocks)
             batch, sampling = pad_decode(batch, num_seqs, width), pad_sampling(sampling, num_seqs)
             key = (compute, num_seqs, width)
@@ -72,7 +91,10 @@ class Steps:
         if sampling is not None:
             parameters = self._sampling.place(sampling)
             self._feed_back(sampling.seen_ids, parameters.seen_ids)
-        sampled = self.recordings.run(key, lambda: compute(placed, parameters))
+        work: Callable[[], Any] = partial(compute, placed, parameters)
+        if key is not None:
+            work = self._best(work, placed)
+        sampled = self.recordings.run(key, work)
         if sampled is None:
             return None
         self._tokens = sampled.token_ids
@@ -102,7 +124,22 @@ class Steps:
 
     @property
     def _is_recorded(self) -> bool:
-        return self.graphs and bool(self._buckets)
+        return self.graphs and bool(self._sizes)
+
+    def _best(self, work: Callable[[], Any], batch: Batch) -> Callable[[], Any]:
+        """The decode step as one kernel where that is possible and its first results were equal."""
+        whole, (num_rows, width) = self.whole, batch.block_tables.shape
+        if whole is None or not whole.serves(num_rows, width):
+            return work
+        as_one = partial(whole.run, batch, work)
+        if not whole.is_proven(num_rows, width):
+            expected, found = (self._results(how()) for how in (work, as_one))
+            whole.judge(num_rows, width, expected == found)
+        return as_one if whole.serves(num_rows, width) else work
+
+    def _results(self, sampled: Sampled) -> bytes:
+        """What was sampled, and the fingerprints of all logits."""
+        return self._sampling.download(sampled).wait().tobytes()
 
     def _feed_back(self, ids: NDArray[np.int32], placed: DeviceArray) -> None:
         """Puts the tokens of the step launched before in place of the ids that stand for them."""
