@@ -8,16 +8,23 @@
 //            attending warps owns items w, w + W, …
 // order:     see attention.cuh; merge_rows merges the splits
 
-constexpr int STEP_STAGES = 2;              // tiles of a warp under way
+#ifndef STEP_STAGES
+#define STEP_STAGES 4
+#endif
 constexpr int SCRATCH_ROWS = 18;            // 16 queries, the new key, the new value
 constexpr u32 SCRATCH_BYTES = SCRATCH_ROWS * HEAD_DIM * 2;
 constexpr u32 ATTENTION_WARP_BYTES = SCRATCH_BYTES + STEP_STAGES * STAGE_BYTES;
 
+// A sequence of the step.
+struct StepRow {
+    int context, slot;
+    float turn[HEAD_DIM];  // its position's row of rope_table
+};
+
 // What all layers of a step share.
 struct Step {
-    const float* rope_table;
-    const i32 *positions, *slot_mapping, *block_tables;
-    const int* contexts;  // in shared memory
+    const StepRow* rows;  // in shared memory
+    const i32* block_tables;
     f16* attended;
     float* partials;
     int num_sequences, max_blocks, reach;
@@ -38,7 +45,7 @@ struct StepItem {
     __device__ __forceinline__ StepItem(const Step& step, int index) : index(index) {
         int left = index, count = 0;
         for (sequence = 0; sequence < step.num_sequences; ++sequence) {
-            context = step.contexts[sequence];
+            context = step.rows[sequence].context;
             count = num_splits(context, step.reach) * UNITS;
             if (left < count) break;
             left -= count;
@@ -120,33 +127,32 @@ __device__ __forceinline__ void rotate(const Step& step, const LayerCache& cache
                                        const StepItem& item, f16* scratch) {
     const int lane = threadIdx.x % WARP;
     const f16* qkv = cache.qkv + (size_t)item.sequence * HEADS * HEAD_DIM;
-    const float* table = step.rope_table + (size_t)step.positions[item.sequence] * HEAD_DIM;
+    const StepRow& own = step.rows[item.sequence];
+    const int new_i = min(lane, HEAD_UNITS - 1) * 4;
+    const int key_column = (NUM_HEADS + item.kv_head) * HEAD_DIM + new_i;
+    const int value_column = key_column + NUM_KV_HEADS * HEAD_DIM;
+    Pairs key(qkv + key_column, cache.bias + key_column);
+    Pairs value(qkv + value_column, cache.bias + value_column);
 #pragma unroll 1
     for (int unit = lane; unit < item.num_rows * HEAD_UNITS; unit += WARP) {
         const int i = unit % HEAD_UNITS * 4;
         const int row = unit / HEAD_UNITS;
         const int column = (item.kv_head * GROUP + item.first_row + row) * HEAD_DIM + i;
         Pairs query(qkv + column, cache.bias + column);
-        query.rotate(table + i);
+        query.rotate(own.turn + i);
         query.store(scratch + row * HEAD_DIM + i);
     }
     if (item.is_newest() && lane < HEAD_UNITS) {
-        const int i = lane * 4;
-        const int column = (NUM_HEADS + item.kv_head) * HEAD_DIM + i;
-        const int value_column = column + NUM_KV_HEADS * HEAD_DIM;
-        Pairs key(qkv + column, cache.bias + column);
-        Pairs value(qkv + value_column, cache.bias + value_column);
-        key.rotate(table + i);
+        key.rotate(own.turn + new_i);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             move_overflow(value.low[j], key.low[j]);
             move_overflow(value.high[j], key.high[j]);
         }
-        key.store(scratch + 16 * HEAD_DIM + i);
-        value.store(scratch + 17 * HEAD_DIM + i);
-        const i32 slot = step.slot_mapping[item.sequence];
-        const size_t tile = (size_t)(slot / BLOCK_SIZE) * NUM_KV_HEADS + item.kv_head;
-        const size_t place = (tile * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + i;
+        key.store(scratch + 16 * HEAD_DIM + new_i);
+        value.store(scratch + 17 * HEAD_DIM + new_i);
+        const size_t tile = (size_t)(own.slot / BLOCK_SIZE) * NUM_KV_HEADS + item.kv_head;
+        const size_t place = (tile * BLOCK_SIZE + own.slot % BLOCK_SIZE) * HEAD_DIM + new_i;
         key.store(cache.keys + place);
         value.store(cache.values + place);
     }
@@ -236,7 +242,7 @@ __device__ __forceinline__ void attend_items(StepStream& stream, int index, char
 
 constexpr int ATTENDED = NUM_HEADS * HEAD_DIM;
 constexpr int HELD_PAIRS = (ATTENDED / 2 + THREADS - 1) / THREADS;  // columns of a thread, by two
-constexpr int MERGE_AHEAD = HELD_PAIRS <= 6 ? 4 : 1;                // splits under way at once
+constexpr int MERGE_AHEAD = HELD_PAIRS <= 6 ? 3 : 1;                // splits under way at once
 
 // Two floats, loaded where it says so and not where they are first used.
 __device__ __forceinline__ float2 load_now(const float* from) {
@@ -247,7 +253,7 @@ __device__ __forceinline__ float2 load_now(const float* from) {
 
 // Row `sequence` of what attention leaves, fp16, to `target`.
 __device__ __forceinline__ void merge_row(const Step& step, int sequence, u32* target) {
-    const int split_count = num_splits(step.contexts[sequence], step.reach);
+    const int split_count = num_splits(step.rows[sequence].context, step.reach);
     if (split_count < 2) {
         const u32* whole = (const u32*)(step.attended + (size_t)sequence * ATTENDED);
         for (int pair = threadIdx.x; pair < ATTENDED / 2; pair += THREADS) target[pair] = whole[pair];

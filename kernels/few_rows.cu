@@ -9,7 +9,7 @@
 // macros:    K_SIZE (K, a multiple of 64), STAGE_K (256), WARPS, PRODUCERS, OUTPUT
 // bound by:  bytes of w; at long K also the latency of the chain
 // order:     each y is one chain of mma.m16n8k16 over ascending k, starting from zero, with x as the
-//            16-row side, its missing rows zero: gemm_k16's instruction on gemm_k16's operands
+//            16-row side: gemm_k16's instruction on gemm_k16's operands, but for rows nobody reads
 // source:    own
 // architectures: sm_90 sm_120
 // generic twin: gemm_k16
@@ -24,14 +24,13 @@ constexpr int THREADS = (WARPS + PRODUCERS) * WARP;
 constexpr int PITCH = STAGE_K * 2 + 16;  // 16 bytes of padding keep ldmatrix off one bank
 constexpr int STAGE_BYTES = TILE_N * PITCH;
 constexpr int X_PITCH = K_SIZE * 2 + 16;
-constexpr int HEADER = 32;  // x's barrier and 16 zero bytes, in front of the rings' barriers
+constexpr int HEADER = 16;  // x's barrier, in front of the rings' barriers
 
-// Shared memory: x's barrier, zeros, a pair of barriers for every stage, the rings, x.
+// Shared memory: x's barrier, a pair of barriers for every stage, the rings, x.
 struct Shared {
     u32 base;
     int num_stages;
     __device__ __forceinline__ u32 x_full() const { return base; }
-    __device__ __forceinline__ u32 zeros() const { return base + 16; }
     __device__ __forceinline__ u32 full(int warp, int stage) const {
         return base + HEADER + (warp * num_stages + stage) * 16;
     }
@@ -105,7 +104,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         init_barrier(shared.empty(0, i), 1);
     }
     if (threadIdx.x == 0) init_barrier(shared.x_full(), WARPS * WARP);
-    if (threadIdx.x < 4) ((u32*)memory)[4 + threadIdx.x] = 0;
     __syncthreads();
     if (warp >= WARPS) {
         produce(shared, w, warp - WARPS, num_tiles);
@@ -120,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // Lane l addresses row l % 8 of the l / 8-th 8 columns of 32, of w and of x alike.
     const u32 w_row = lane % 8 * PITCH + lane / 8 * 16;
     const u32 w_lane[2] = {w_row, w_row + 64};
-    const LaneOfX x_lane(shared.x(), X_PITCH, M, shared.zeros());
+    const LaneOfX x_lane(shared.x(), X_PITCH, M);
     Ring ring = {shared, warp};
     bool has_x = false;
     for (int tile = blockIdx.x * WARPS + warp; tile < num_tiles; tile += gridDim.x * WARPS) {

@@ -2,7 +2,7 @@
 //
 // macros:    STAGE_K (columns of a stage: 256)
 // order:     each y is one chain of mma.m16n8k16 over ascending k, starting from zero, with x as the
-//            16-row side, its missing rows zero
+//            16-row side. Rows do not meet: what the other rows hold changes no bit
 
 constexpr int TILE_N = 8;
 constexpr int GROUP_K = 64;                       // columns whose fragments are loaded together
@@ -15,22 +15,19 @@ __device__ __forceinline__ void arrive_with_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-#ifndef X_TWICE
-#define X_TWICE 0
-#endif
-// Where a lane reads x: row l % 8, of the l / 8-th 8 columns of 32; zeros for rows beyond M.
+// Where a lane reads x for the even and the odd steps of 16 columns. Both steps of 32 columns are
+// loaded twice, in such an order that either load is an operand of mma as it is: its rows 8 to 15 are
+// then the other step, whose results nobody reads. Rows beyond M are row 0, as little read.
 struct LaneOfX {
-    u32 address, mask, twice[2];
+    u32 address[2];
 
-    __device__ __forceinline__ LaneOfX(u32 x, int pitch, int M, u32 zeros) {
+    __device__ __forceinline__ LaneOfX(u32 x, int pitch, int M) {
         const int lane = threadIdx.x % WARP;
-        const int row = lane % 8;
-        address = row < M ? x + row * pitch + lane / 8 * 16 : zeros;
-        mask = row < M ? ~0u : 0u;
-        const u32 start = x + (row < M ? row : 0) * pitch;
-        const int low = lane / 8 % 2, high = lane / 16;
-        twice[0] = start + (2 * low + high) * 16;
-        twice[1] = start + (2 * (1 - low) + high) * 16;
+        const int row = lane % 8 < M ? lane % 8 : 0;
+        const int other = lane / 8 % 2;
+        const int half = lane / 16;  // 8 columns of the step
+        address[0] = x + row * pitch + (2 * other + half) * 16;
+        address[1] = x + row * pitch + (2 * (1 - other) + half) * 16;
     }
 };
 
@@ -42,32 +39,21 @@ __device__ __forceinline__ void run_chain(float (&c)[4], Stages& stages, const u
                                           const LaneOfX& x) {
     static_assert(K % GROUP_K == 0, "whole groups");
     constexpr int GROUPS = K / GROUP_K;
-    u32 a[2][2][4], b[2][2][4];  // this group and the next: two loads of 32 columns each
-    u32 q[2][4][4];
+    u32 a[2][4][4], b[2][2][4];  // this group and the next: x by steps, w by halves
     u32 stage = 0;
     // the half-th 32 columns of a group
     auto load_half = [&](int group, int half) {
         const int in_stage = group % STAGE_GROUPS;
         if (half == 0 && in_stage == 0) stage = stages.wait();
         load_matrix_x4(b[group % 2][half], stage + w_lane[half] + in_stage * (GROUP_K * 2));
-#if X_TWICE
-        load_matrix_x4(q[group % 2][half * 2], x.twice[0] + group * (GROUP_K * 2) + half * 64);
-        load_matrix_x4(q[group % 2][half * 2 + 1], x.twice[1] + group * (GROUP_K * 2) + half * 64);
-#else
-        load_matrix_x4(a[group % 2][half],
-                       x.address + ((group * (GROUP_K * 2) + half * 64) & x.mask));
-#endif
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd)
+            load_matrix_x4(a[group % 2][2 * half + odd],
+                           x.address[odd] + group * (GROUP_K * 2) + half * 64);
     };
     auto multiply = [&](int group, int step) {
-        const u32(&left)[4] = a[group % 2][step / 2];
-        const u32(&right)[4] = b[group % 2][step / 2];
-        const int i = step % 2 * 2;
-        const u32 rows[4] = {left[i], 0, left[i + 1], 0};
-#if X_TWICE
-        mma_k16(c, q[group % 2][step], right[i], right[i + 1]);
-#else
-        mma_k16(c, rows, right[i], right[i + 1]);
-#endif
+        const u32(&w)[4] = b[group % 2][step / 2];
+        mma_k16(c, a[group % 2][step], w[step % 2 * 2], w[step % 2 * 2 + 1]);
     };
     load_half(0, 0);
     load_half(0, 1);

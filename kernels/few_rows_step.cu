@@ -67,6 +67,13 @@ struct Norming {
     }
 };
 
+// The warps that stream weights.
+struct Producing {
+    static __device__ __forceinline__ void wait() {
+        asm volatile("bar.sync 3, %0;" ::"n"(PRODUCERS * WARP) : "memory");
+    }
+};
+
 // This block's units of a product, `chains` of them side by side.
 struct Share {
     int first, count, chains;
@@ -81,14 +88,15 @@ struct Share {
 
 __device__ __forceinline__ int stages_of(int k) { return (k + STAGE_K - 1) / STAGE_K; }
 
-// Streams the weights of the whole program; one warp, which takes every PRODUCERS-th slot.
+// Streams the weights of the whole program; one warp, which takes every
+// PRODUCERS-th chain of a stage.
 __device__ __forceinline__ void produce(const WeightRing& ring, const Instruction* program,
-                                        int num_instructions, int producer) {
+                                        int num_instructions, int in_flight, int producer) {
     Cursor cursor;
-    int own = producer;  // the first of this warp's slots, counted from the cursor
+    int position = 0;
 #pragma unroll 1
     for (int i = 0; i < num_instructions; ++i) {
-        const Instruction now = program[i];
+        const Instruction& now = program[i];
         if (now.op == ATTEND) continue;
         const int K = size_of_k(now.op);
         const int parts = now.output == GATED ? 2 : 1;
@@ -99,13 +107,15 @@ __device__ __forceinline__ void produce(const WeightRing& ring, const Instructio
                 const int tile = share.first + start + part * now.num_units;
 #pragma unroll 1
                 for (int k = 0; k < K; k += STAGE_K) {
-                    for (; own < active; own += PRODUCERS) {
+                    for (int c = producer; c < active; c += PRODUCERS) {
                         Cursor at = cursor;
-                        at.move(own, ring.num_slots);
-                        ring.fill(at, now.w + (size_t)(tile + own) * TILE_N * K + k, K, K - k);
+                        at.move(c, ring.num_slots);
+                        if (position + c >= in_flight) ring.wait_for_landing(at, in_flight);
+                        ring.fill(at, now.w + (size_t)(tile + c) * TILE_N * K + k, K, K - k);
                     }
                     cursor.move(active, ring.num_slots);
-                    own -= active;
+                    position += active;
+                    Producing::wait();
                 }
             }
         }
@@ -116,9 +126,11 @@ __device__ __forceinline__ void produce(const WeightRing& ring, const Instructio
 struct Rest {
     int num_rows;
     float eps;
-    char* x;     // M rows of up to K columns in shared memory
-    u32 zeros;
+    char* x;  // M rows of up to K columns in shared memory
 };
+
+using Norm = NormRow<HIDDEN, NORM_THREADS, Norming>;
+__device__ __forceinline__ bool norms() { return threadIdx.x < NORM_THREADS; }
 
 // The block's share of x w^T, x being in shared memory.
 template <int K>
@@ -129,7 +141,7 @@ __device__ __forceinline__ void multiply(const Instruction& now, const Rest& res
     const int row = lane % 8;
     const u32 w_lane[2] = {row * SLOT_PITCH + (lane / 8 ^ row) * 16u,
                            row * SLOT_PITCH + ((4 + lane / 8) ^ row) * 16u};
-    const LaneOfX x(shared_address(rest.x), K * 2 + 16, rest.num_rows, rest.zeros);
+    const LaneOfX x(shared_address(rest.x), K * 2 + 16, rest.num_rows);
     const int m = lane / 4;
     const bool exists = m < rest.num_rows;
     const int parts = now.output == GATED ? 2 : 1;
@@ -146,7 +158,17 @@ __device__ __forceinline__ void multiply(const Instruction& now, const Rest& res
                 ChainStages stages = {ring, cursor, active};
                 stages.at.move(warp, ring.num_slots);
                 float c[4] = {};
+#ifdef STREAM_ONLY
+                for (int s = 0; s < stages_of(K); ++s) {
+                    stages.wait();
+                    const u32 e = stages.empty();
+                    __syncwarp();
+                    if (lane == 0) arrive(e);
+                    stages.advance();
+                }
+#else
                 run_chain<K>(c, stages, w_lane, x);
+#endif
                 if (part + 1 < parts) {
                     gate[0] = c[0], gate[1] = c[1];
                 } else if (exists && now.output == GATED) {
@@ -162,27 +184,19 @@ __device__ __forceinline__ void multiply(const Instruction& now, const Rest& res
     }
 }
 
-// x of a product into shared memory, once every block has done what comes before.
-template <class Wait>
+// x of a product into shared memory. norm: the weight, where it is normalized.
 __device__ __forceinline__ void prepare_x(const Instruction& now, const Rest& rest,
-                                          const Step& step, const Wait& wait) {
+                                          const Step& step, const float4 (&norm)[Norm::HELD]) {
     if (now.op == NORM) {
-        using Row = NormRow<HIDDEN, NORM_THREADS, Norming>;
-        const bool norms = threadIdx.x < NORM_THREADS;
-        float4 weight[Row::HELD];
-        if (norms) Row::load(weight, now.vector);
-        wait();
-        for (int m = 0; norms && m < rest.num_rows; ++m) {
-            Row row;
+        for (int m = 0; norms() && m < rest.num_rows; ++m) {
+            Norm row;
             row.load((const float*)now.x + (size_t)m * HIDDEN);
-            row.normalize(weight, rest.eps, (f16*)(rest.x + m * (HIDDEN * 2 + 16)));
+            row.normalize(norm, rest.eps, (f16*)(rest.x + m * (HIDDEN * 2 + 16)));
         }
     } else if (now.op == MERGE) {
-        wait();
         for (int m = 0; m < rest.num_rows; ++m)
             merge_row(step, m, (u32*)(rest.x + m * (ATTENDED * 2 + 16)));
     } else {
-        wait();
         constexpr int VECTORS = INTERMEDIATE / 8;
         for (int i = threadIdx.x; i < rest.num_rows * VECTORS; i += THREADS)
             copy_async_16(shared_address(rest.x) + i / VECTORS * (INTERMEDIATE * 2 + 16) +
@@ -201,9 +215,19 @@ __device__ __forceinline__ void compute(const Instruction* program, int num_inst
     const int warp = threadIdx.x / WARP;
     GridBarrier<Computing> everyone(counter);
     Cursor cursor;
+    float4 norm[Norm::HELD];  // the weight of the norm before the next product, ahead of its use
+    auto load_norm = [&](int i) {
+        if (i < num_instructions && program[i].op == NORM && norms()) {
+            Norm::load(norm, program[i].vector);
+        } else {
+#pragma unroll
+            for (float4& held : norm) held = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+    };
+    load_norm(0);
 #pragma unroll 1
     for (int i = 0; i < num_instructions; ++i) {
-        const Instruction now = program[i];
+        const Instruction& now = program[i];
         auto wait = [&] {
             if (i > 0) everyone.wait();
         };
@@ -216,8 +240,11 @@ __device__ __forceinline__ void compute(const Instruction* program, int num_inst
                               shared_address(own + SCRATCH_BYTES));
             wait();
             attend_items(stream, index, own);
+            load_norm(i + 1);
         } else {
-            prepare_x(now, rest, step, wait);
+            wait();
+            prepare_x(now, rest, step, norm);
+            load_norm(i + 1);
             const int K = size_of_k(now.op);
             if (K == HIDDEN) multiply<HIDDEN>(now, rest, ring, cursor);
             else if (K == ATTENDED) multiply<ATTENDED>(now, rest, ring, cursor);
@@ -228,33 +255,44 @@ __device__ __forceinline__ void compute(const Instruction* program, int num_inst
 }
 
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
-    few_rows_step(const Instruction* __restrict__ program, int num_instructions, u64* counter,
-                  const float* rope_table, const i32* positions, const i32* slot_mapping,
-                  const i32* context_lens, const i32* block_tables, f16* attended,
-                  float* partials, int num_sequences, int max_blocks, int reach, float scale,
-                  float eps, int num_slots, int x_bytes, int attention_warps) {
+    few_rows_step(const uint4* __restrict__ program, int num_instructions, u64* counter,
+                  const float* __restrict__ rope_table, const i32* positions,
+                  const i32* slot_mapping, const i32* context_lens, const i32* block_tables,
+                  f16* attended, float* partials, int num_sequences, int max_blocks, int reach,
+                  float scale, float eps, int num_slots, int in_flight, int x_bytes,
+                  int attention_warps) {
     extern __shared__ __align__(128) char memory[];
-    __shared__ int contexts[MAX_ROWS];
-    __shared__ __align__(16) u32 zeros[4];
-    char* const attention = memory + x_bytes;
+    __shared__ StepRow rows[MAX_ROWS];
+    Instruction* const instructions = (Instruction*)memory;
+    char* const x = (char*)(instructions + (num_instructions + 1) / 2 * 2);
+    char* const attention = x + x_bytes;
     const u32 slots = shared_address(attention + attention_warps * ATTENTION_WARP_BYTES);
     const WeightRing ring = {slots + num_slots * SLOT_BYTES, slots, num_slots};
     const int warp = threadIdx.x / WARP;
     ring.init();
-    if (threadIdx.x < 4) zeros[threadIdx.x] = 0;
+    for (int i = threadIdx.x; i < num_instructions * (int)(sizeof(Instruction) / 16);
+         i += ALL_THREADS)
+        ((uint4*)instructions)[i] = program[i];
     __syncthreads();
     if (warp >= WARPS) {
         give_registers<PRODUCER_REGISTERS>();
-        produce(ring, program, num_instructions, warp - WARPS);
+        produce(ring, instructions, num_instructions, in_flight, warp - WARPS);
     } else {
         take_registers<COMPUTE_REGISTERS>();
         wait_for_previous();
-        if (threadIdx.x < num_sequences) contexts[threadIdx.x] = context_lens[threadIdx.x];
+        for (int i = threadIdx.x; i < num_sequences * HEAD_DIM; i += THREADS) {
+            StepRow& row = rows[i / HEAD_DIM];
+            const int m = i / HEAD_DIM;
+            row.context = context_lens[m];
+            row.slot = slot_mapping[m];
+            row.turn[i % HEAD_DIM] = rope_table[(size_t)positions[m] * HEAD_DIM + i % HEAD_DIM];
+        }
         Computing::wait();
-        const Step step = {rope_table, positions, slot_mapping, block_tables, contexts, attended,
-                           partials, num_sequences, max_blocks, reach, scale};
-        const Rest rest = {num_sequences, eps, memory, shared_address(zeros)};
-        compute(program, num_instructions, step, rest, ring, attention, attention_warps, counter);
+        const Step step = {rows, block_tables, attended, partials, num_sequences, max_blocks, reach,
+                           scale};
+        const Rest rest = {num_sequences, eps, x};
+        compute(instructions, num_instructions, step, rest, ring, attention, attention_warps,
+                counter);
     }
     let_next_start();
 }

@@ -3,7 +3,9 @@
 //
 // layout:    a slot holds 8 rows by STAGE_K columns of w; 16-byte pieces of row r are permuted by r, so
 //            that ldmatrix meets all banks
-// mapping:   every slot is filled by a whole producer warp and emptied by one chain
+// mapping:   every slot is filled by a whole producer warp and emptied by one chain. Producers fill
+//            a stage of all chains before any of them goes on to the next, and a ring holds at least
+//            three: so nobody takes a turn of a slot for the one after next, whose parity it has
 
 constexpr int SLOT_PITCH = STAGE_K * 2;
 constexpr int SLOT_BYTES = TILE_N * SLOT_PITCH;
@@ -37,16 +39,21 @@ struct WeightRing {
             init_barrier(empty(i), 1);
         }
     }
-    static __device__ __forceinline__ void wait(u32 barrier, u32 parity, int site, int slot) {
+    static __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         Patience patience;
-        while (!is_over(barrier, parity)) if (patience.check(site, barrier, parity, slot)) break;
+        while (!is_over(barrier, parity)) patience.check();
+    }
+    // What was copied into the `before`-th slot before this one has landed.
+    __device__ __forceinline__ void wait_for_landing(Cursor at, int before) const {
+        at.move(num_slots - before, num_slots);
+        wait(full(at.slot), at.turn ^ 1);
     }
     // A whole warp copies 8 rows, `columns` wide at most, from `source` on.
     __device__ __forceinline__ void fill(const Cursor& at, const f16* source, int row_stride,
                                          int columns) const {
         const int lane = threadIdx.x % WARP;
         const u32 target = slot(at.slot);
-        wait(empty(at.slot), at.turn ^ 1, 2, at.slot);
+        wait(empty(at.slot), at.turn ^ 1);
         if (lane * 8 < columns) {
 #pragma unroll
             for (int row = 0; row < TILE_N; ++row)
@@ -64,7 +71,7 @@ struct ChainStages {
     int stride;
 
     __device__ __forceinline__ u32 wait() const {
-        WeightRing::wait(ring.full(at.slot), at.turn, 1, at.slot);
+        WeightRing::wait(ring.full(at.slot), at.turn);
         return ring.slot(at.slot);
     }
     __device__ __forceinline__ u32 empty() const { return ring.empty(at.slot); }

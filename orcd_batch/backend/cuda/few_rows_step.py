@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
-from orcd_batch.backend.cuda.attention import MMA_ROWS, SPLIT_TILES
+from orcd_batch.backend.cuda.attention import MAX_HEAD_DIM, MMA_ROWS, SPLIT_TILES
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.few_rows import MAX_ROWS
@@ -34,15 +34,18 @@ _WARPS, _PRODUCERS = 8, 4
 _STAGE_K, _TILE_N, _GROUP_K = 256, 8, 64
 _SLOT_BYTES = _TILE_N * _STAGE_K * 2
 _BARRIER_BYTES = 16
-_SCRATCH_ROWS, _ATTENTION_STAGES = 18, 2
-_STATIC_SHARED_BYTES = 256
+_SCRATCH_ROWS, _ATTENTION_STAGES = 18, 4
+_STATIC_SHARED_BYTES = 256 + MAX_ROWS * 4 * (2 + MAX_HEAD_DIM)
 _GATED = 3
-_MIN_SLOTS = 16
+_MIN_SLOTS = 3 * _WARPS
 
 # Splits of all sequences together: every block reads all of them.
 MAX_SPLITS = 16
 # Warps of a block that attend, where one each is too few.
 MAX_ATTENTION_WARPS = 2
+# Slots whose weights are on their way at once, at least _WARPS: more would only queue up, and what
+# the step waits for behind them.
+IN_FLIGHT = 16
 # Traps instead of waiting for more cycles: some 3 s.
 SPIN_LIMIT = 5_000_000_000
 
@@ -92,18 +95,19 @@ def step_layout(
         return None
     if any(k % _GROUP_K for k in inner) or any(n % _TILE_N for n in outer):
         return None
+    program_bytes = -(-_num_instructions(shape) // 2) * 2 * INSTRUCTION.itemsize
     x_bytes = -(-num_rows * (max(inner) * FP16.itemsize + 16) // 128) * 128
     row_tiles = -(-(shape.num_heads // shape.num_kv_heads) // MMA_ROWS)
     items = splits * shape.num_kv_heads * row_tiles
-    attention_warps = min(-(-items // device.sm_count), MAX_ATTENTION_WARPS)
     rows = _SCRATCH_ROWS + 2 * _ATTENTION_STAGES * BLOCK_SIZE
-    before = x_bytes + attention_warps * rows * shape.head_dim * FP16.itemsize
-    room = device.max_shared_memory - _STATIC_SHARED_BYTES - before
-    num_slots = room // (_SLOT_BYTES + _BARRIER_BYTES)
-    if num_slots < _MIN_SLOTS:
-        return None
-    shared_bytes = before + num_slots * (_SLOT_BYTES + _BARRIER_BYTES)
-    return StepLayout(x_bytes, attention_warps, num_slots, shared_bytes)
+    for attention_warps in range(min(-(-items // device.sm_count), MAX_ATTENTION_WARPS), 0, -1):
+        before = program_bytes + x_bytes + attention_warps * rows * shape.head_dim * FP16.itemsize
+        room = device.max_shared_memory - _STATIC_SHARED_BYTES - before
+        num_slots = room // (_SLOT_BYTES + _BARRIER_BYTES)
+        if num_slots >= _MIN_SLOTS:
+            shared_bytes = before + num_slots * (_SLOT_BYTES + _BARRIER_BYTES)
+            return StepLayout(x_bytes, attention_warps, num_slots, shared_bytes)
+    return None
 
 
 # What the recorded ops return: what is to be computed, by whom it is read.
@@ -206,6 +210,11 @@ class Recording:
         self.instructions.append((op, output, units, y.shape[1], *pointers))
 
 
+def _num_instructions(shape: ModelShape) -> int:
+    """Five a layer, and the logits."""
+    return 5 * shape.num_layers + 1
+
+
 def _attended_size(width: int, cache: KVCache) -> int:
     """Columns of the queries in rows of qkv."""
     _, num_kv_heads, _, head_dim = cache.keys.shape
@@ -227,8 +236,8 @@ class FewRowsStep:
 
     def buffers(self, shape: ModelShape) -> dict[str, int]:
         """Work buffers and their bytes."""
-        count = shape.num_layers * 5 + 1
-        return {"step_program": count * INSTRUCTION.itemsize, "step_counter": 8}
+        num_bytes = _num_instructions(shape) * INSTRUCTION.itemsize
+        return {"step_program": num_bytes, "step_counter": 8}
 
     def prepare(self, shape: ModelShape) -> None:
         """From here on steps may be served."""
@@ -288,7 +297,7 @@ class FewRowsStep:
             int32(recording.sliding_window or _UNLIMITED),
             np.float32(math.log2(math.e) / math.sqrt(shape.head_dim)),
             np.float32(recording.eps),
-            *map(int32, (layout.num_slots, layout.x_bytes, layout.attention_warps)),
+            *map(int32, (layout.num_slots, IN_FLIGHT, layout.x_bytes, layout.attention_warps)),
         )
         threads = 32 * (_WARPS + _PRODUCERS)
         self._kernels.launch(kernel, self._device.sm_count, threads, args, layout.shared_bytes)
