@@ -12,8 +12,9 @@ demo: $(VENV)/.installed $(MODEL)
 	$(BIN)/python -m orcd_batch model=smollm2 data=examples/prompts.parquet \
 	  sampling.max_tokens=48 overwrite=true
 
+# A process for each core; a file's tests stay together, since they share what they set up.
 test: lint $(MODEL)
-	$(BIN)/python -m pytest --ignore tests/gpu
+	$(BIN)/python -m pytest --ignore tests/gpu -n auto --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

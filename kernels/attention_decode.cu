@@ -21,6 +21,16 @@
 #include "attention_partials.cuh"
 #include "attention_items.cuh"
 
+__device__ __forceinline__ void store_split(float* partial, const Rows<1>& rows, int half, int row) {
+    const int t = threadIdx.x % 4;
+    float2* o = (float2*)(partial + row * HEAD_DIM) + t;
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; ++n)
+        o[n * 4] = make_float2(rows.o[0][n][2 * half], rows.o[0][n][2 * half + 1]);
+    float2* state = (float2*)(partial + ITEM_ROWS * HEAD_DIM) + row;
+    if (t == 0) *state = make_float2(rows.max[0][half], rows.sum[0][half]);
+}
+
 // The tiles on their way, STAGES of them, keys and values apart: each is loaded again as soon as it
 // has been used.
 struct Stream {

@@ -23,13 +23,3 @@ __device__ __forceinline__ float* partial_of(float* partials, int sequence, int 
     const int max_splits = (max_blocks + SPLIT_TILES - 1) / SPLIT_TILES;
     return partials + (((size_t)sequence * max_splits + split) * UNITS + unit) * ITEM_FLOATS;
 }
-
-__device__ __forceinline__ void store_split(float* partial, const Rows<1>& rows, int half, int row) {
-    const int t = threadIdx.x % 4;
-    float2* o = (float2*)(partial + row * HEAD_DIM) + t;
-#pragma unroll
-    for (int n = 0; n < COLUMN_TILES; ++n)
-        o[n * 4] = make_float2(rows.o[0][n][2 * half], rows.o[0][n][2 * half + 1]);
-    float2* state = (float2*)(partial + ITEM_ROWS * HEAD_DIM) + row;
-    if (t == 0) *state = make_float2(rows.max[0][half], rows.sum[0][half]);
-}

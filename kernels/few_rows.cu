@@ -9,7 +9,7 @@
 // macros:    K_SIZE (K, a multiple of 64), STAGE_K (256), WARPS, PRODUCERS, OUTPUT
 // bound by:  bytes of w; at long K also the latency of the chain
 // order:     each y is one chain of mma.m16n8k16 over ascending k, starting from zero, with x as the
-//            16-row side: gemm_k16's instruction on gemm_k16's operands, but for rows nobody reads
+//            16-row side, its missing rows zero: gemm_k16's instruction on gemm_k16's operands
 // source:    own
 // architectures: sm_90 sm_120
 // generic twin: gemm_k16
@@ -17,20 +17,33 @@
 // spills:    none
 
 #include "barriers.cuh"
-#include "few_rows.cuh"
 #include "product.cuh"
 
 constexpr int THREADS = (WARPS + PRODUCERS) * WARP;
-constexpr int PITCH = STAGE_K * 2 + 16;  // 16 bytes of padding keep ldmatrix off one bank
+constexpr int TILE_N = 8;
+constexpr int GROUP_K = 64;                         // columns whose fragments are loaded together
+constexpr int GROUPS = K_SIZE / GROUP_K;            // of a chain
+constexpr int STAGE_GROUPS = STAGE_K / GROUP_K;     // of a full stage
+constexpr int PITCH = STAGE_K * 2 + 16;             // 16 bytes of padding keep ldmatrix off one bank
 constexpr int STAGE_BYTES = TILE_N * PITCH;
+constexpr int UNROLL_GROUPS = 2 * STAGE_GROUPS;  // indices of registers become constants
 constexpr int X_PITCH = K_SIZE * 2 + 16;
-constexpr int HEADER = 16;  // x's barrier, in front of the rings' barriers
+static_assert(STAGE_K == 8 * WARP, "a row of a stage is one copy of a warp");
+constexpr int HEADER = 32;  // x's barrier and 16 zero bytes, in front of the rings' barriers
 
-// Shared memory: x's barrier, a pair of barriers for every stage, the rings, x.
+static_assert(K_SIZE % GROUP_K == 0 && STAGE_K % GROUP_K == 0, "whole groups");
+
+// Arrives once the copies of this thread so far have landed.
+__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Shared memory: x's barrier, zeros, a pair of barriers for every stage, the rings, x.
 struct Shared {
     u32 base;
     int num_stages;
     __device__ __forceinline__ u32 x_full() const { return base; }
+    __device__ __forceinline__ u32 zeros() const { return base + 16; }
     __device__ __forceinline__ u32 full(int warp, int stage) const {
         return base + HEADER + (warp * num_stages + stage) * 16;
     }
@@ -41,23 +54,6 @@ struct Shared {
         return full(WARPS, 0) + (warp * num_stages + stage) * STAGE_BYTES;
     }
     __device__ __forceinline__ u32 x() const { return ring(WARPS, 0); }
-};
-
-// The stages of one chain, in turn.
-struct Ring {
-    const Shared& shared;
-    const int warp;
-    int stage = 0;
-    u32 parity = 0;
-
-    __device__ __forceinline__ u32 wait() const {
-        wait_for(shared.full(warp, stage), parity);
-        return shared.ring(warp, stage);
-    }
-    __device__ __forceinline__ u32 empty() const { return shared.empty(warp, stage); }
-    __device__ __forceinline__ void advance() {
-        if (++stage == shared.num_stages) stage = 0, parity ^= 1;
-    }
 };
 
 // Fills the rings of the chains producer, producer + PRODUCERS, … in turn; one warp.
@@ -104,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         init_barrier(shared.empty(0, i), 1);
     }
     if (threadIdx.x == 0) init_barrier(shared.x_full(), WARPS * WARP);
+    if (threadIdx.x < 4) ((u32*)memory)[4 + threadIdx.x] = 0;
     __syncthreads();
     if (warp >= WARPS) {
         produce(shared, w, warp - WARPS, num_tiles);
@@ -116,23 +113,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     arrive_with_copies(shared.x_full());
 
     // Lane l addresses row l % 8 of the l / 8-th 8 columns of 32, of w and of x alike.
-    const u32 w_row = lane % 8 * PITCH + lane / 8 * 16;
-    const u32 w_lane[2] = {w_row, w_row + 64};
-    const LaneOfX x_lane(shared.x(), X_PITCH, M);
-    Ring ring = {shared, warp};
+    const int row = lane % 8;
+    const u32 w_lane = row * PITCH + lane / 8 * 16;
+    const u32 x_lane = row < M ? shared.x() + row * X_PITCH + lane / 8 * 16 : shared.zeros();
+    const u32 x_mask = row < M ? ~0u : 0u;
+    int stage = 0;
+    u32 parity = 0;
     bool has_x = false;
     for (int tile = blockIdx.x * WARPS + warp; tile < num_tiles; tile += gridDim.x * WARPS) {
         const int m = lane / 4;
         const size_t place = (size_t)m * N + tile * TILE_N + lane % 4 * 2;
-        const float add0 = m < M ? to_add(OUTPUT, y, place) : 0.0f;
-        const float add1 = m < M ? to_add(OUTPUT, y, place + 1) : 0.0f;
+        const float add0 = m < M ? to_add(y, place) : 0.0f;
+        const float add1 = m < M ? to_add(y, place + 1) : 0.0f;
         if (!has_x) wait_for(shared.x_full(), 0);
         has_x = true;
         float c[4] = {};
-        run_chain<K_SIZE>(c, ring, w_lane, x_lane);
+        u32 a[2][2][4], b[2][2][4];  // this group and the next: two loads of 32 columns each
+        u32 w_stage = 0;
+        // the half-th 32 columns of a group
+        auto load_half = [&](int group, int half) {
+            const int in_stage = group % STAGE_GROUPS;
+            if (half == 0 && in_stage == 0) {
+                wait_for(shared.full(warp, stage), parity);
+                w_stage = shared.ring(warp, stage) + w_lane;
+            }
+            load_matrix_x4(b[group % 2][half], w_stage + in_stage * (GROUP_K * 2) + half * 64);
+            load_matrix_x4(a[group % 2][half],
+                           x_lane + ((group * (GROUP_K * 2) + half * 64) & x_mask));
+        };
+        auto multiply = [&](int group, int step) {
+            const u32(&left)[4] = a[group % 2][step / 2];
+            const u32(&right)[4] = b[group % 2][step / 2];
+            const int i = step % 2 * 2;
+            const u32 rows[4] = {left[i], 0, left[i + 1], 0};
+            mma_k16(c, rows, right[i], right[i + 1]);
+        };
+        load_half(0, 0);
+        load_half(0, 1);
+#pragma unroll(UNROLL_GROUPS)
+        for (int group = 0; group < GROUPS; ++group) {
+            const bool ends_stage = group % STAGE_GROUPS == STAGE_GROUPS - 1 || group == GROUPS - 1;
+            const u32 empty = shared.empty(warp, stage);
+            multiply(group, 0);
+            if (ends_stage && ++stage == shared.num_stages) stage = 0, parity ^= 1;
+            if (group + 1 < GROUPS) load_half(group + 1, 0);
+            multiply(group, 1);
+            multiply(group, 2);  // both halves of this group have arrived in registers
+            if (ends_stage) {
+                __syncwarp();
+                if (lane == 0) arrive(empty);
+            }
+            if (group + 1 < GROUPS) load_half(group + 1, 1);
+            multiply(group, 3);
+        }
         if (m < M) {
-            put(OUTPUT, y, place, c[0], add0);
-            put(OUTPUT, y, place + 1, c[1], add1);
+            put(y, place, c[0], add0);
+            put(y, place + 1, c[1], add1);
         }
     }
 }

@@ -113,6 +113,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 const int m = m0 + warp_m + i * 16 + lane / 4 + v / 2 * 8;
                 const int n = n0 + warp_n + j * 8 + lane % 4 * 2 + v % 2;
                 const size_t index = (size_t)m * N + n;
-                if (m < M && n < N) put(OUTPUT, y, index, c[i][j][v], to_add(OUTPUT, y, index));
+                if (m < M && n < N) put(y, index, c[i][j][v], to_add(y, index));
             }
 }

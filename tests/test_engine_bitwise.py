@@ -11,6 +11,7 @@ from support.gguf_factory import write_model
 
 from orcd_batch import LlamaInferenceAdapter, SamplingParams
 from orcd_batch.backend.numpy_ops import NumpyOps
+from orcd_batch.backend.numpy_sampler import logits_fingerprint
 from orcd_batch.checkpoint import GGUFFile, read_model_config, weight_map
 from orcd_batch.engine import Engine, Request
 from orcd_batch.model import Weights, load_weights
@@ -137,3 +138,12 @@ def test_prefill_and_decode_give_the_same_bits(adapter: LlamaInferenceAdapter) -
     assert np.array_equal(start, whole[:60])
     for position in range(60, 140):
         assert np.array_equal(adapter.decode(ids[position]), whole[position])
+
+
+def test_rows_left_out_of_the_last_layer_change_no_bit_of_the_others(
+    adapter: LlamaInferenceAdapter,
+) -> None:
+    ids = np.random.default_rng(1).integers(0, 250, 100).tolist()
+    (done,) = adapter.generate([ids], SamplingParams(max_tokens=3, ignore_eos=True))
+    whole = adapter.prefill([*ids, *done.token_ids[:-1]])
+    assert done.fingerprints == [logits_fingerprint(row) for row in whole[len(ids) - 1 :]]

@@ -14,20 +14,32 @@ def forward(
 
     batch: placed by `ops.place`. caches: one per layer. R rows are those of batch.logits_rows.
     """
-    hidden = hidden_states(ops, config, weights, caches, batch)
-    return ops.logits(ops.take_rows(hidden, batch.logits_rows), weights.output)
+    are_all = batch.logits_rows.shape == batch.token_ids.shape
+    rows = None if are_all else batch.logits_rows
+    return ops.logits(hidden_states(ops, config, weights, caches, batch, rows), weights.output)
 
 
 def hidden_states(
-    ops: Ops, config: ModelConfig, weights: Weights, caches: Sequence[KVCache], batch: Batch
+    ops: Ops,
+    config: ModelConfig,
+    weights: Weights,
+    caches: Sequence[KVCache],
+    batch: Batch,
+    rows: Array | None = None,
 ) -> Array:
-    """As `forward`, up to the last norm: (T, C), what the output projection takes."""
+    """As `forward`, up to the last norm: what the output projection takes.
+
+    rows: (R,) of the step's tokens, ascending; None: all T. (R, C): beyond the last layer's cache
+    nothing else of the others is needed.
+    """
     eps = config.rms_norm_eps
     x = ops.embedding(batch.token_ids, weights.token_embd)
     for layer, cache in zip(weights.layers, caches, strict=True):
         qkv = ops.linear(ops.rms_norm(x, layer.attn_norm, eps), layer.attn_qkv)
         q = ops.rope_and_cache(qkv, layer.attn_qkv_bias, weights.rope_table, cache, batch)
         attended = ops.attention(q, cache, batch, config.sliding_window)
+        if rows is not None and layer is weights.layers[-1]:
+            x, attended = ops.take_rows(x, rows), ops.take_rows(attended, rows)
         ops.linear_add(attended, layer.attn_output, x)
         gate_up = ops.linear(ops.rms_norm(x, layer.ffn_norm, eps), layer.ffn_gate_up)
         ops.linear_add(ops.swiglu(gate_up), layer.ffn_down, x)

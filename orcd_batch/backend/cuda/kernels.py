@@ -65,7 +65,8 @@ class ForwardKernels:
             "attention": max_tokens * heads * FP16_BYTES,
             "attention_partials": decode.partial_floats(max_seqs, max_blocks) * FP32_BYTES,
             "swiglu": max_tokens * shape.intermediate_size * FP16_BYTES,
-            "rows": max_seqs * shape.hidden_size * FP32_BYTES,
+            _rows_buffer(FP32): max_seqs * shape.hidden_size * FP32_BYTES,
+            _rows_buffer(FP16): max_seqs * max(heads, shape.hidden_size) * FP16_BYTES,
             **Sampling.buffers(shape.vocab_size, shape.max_model_len, max_seqs),
         }
 
@@ -171,7 +172,7 @@ class ForwardKernels:
     def take_rows(self, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
         """(T, C), (R,) -> (R, C), of any type whose rows are whole 16-byte vectors."""
         (num_rows,), width = rows.shape, x.shape[1]
-        y = self.workspace.take("rows", (num_rows, width), x.dtype)
+        y = self.workspace.take(_rows_buffer(x.dtype), (num_rows, width), x.dtype)
         vectors = width * x.dtype.itemsize // 16
         threads = _warps(vectors, ELEMENTWISE_THREADS)
         defines = {"ROW_VECTORS": vectors, "THREADS": threads}
@@ -188,7 +189,8 @@ class ForwardKernels:
     def _norm(self, x: DeviceArray) -> tuple[DeviceArray, int, dict[str, int]]:
         hidden = _vectorized("hidden size", x.shape[1])
         y = self.workspace.take("norm", x.shape, FP16)
-        threads = norm_threads(hidden)
+        vectors = hidden // 4
+        threads = _warps(-(-vectors // -(-vectors // MAX_NORM_THREADS)), MAX_NORM_THREADS)
         return y, threads, {"HIDDEN": hidden, "THREADS": threads}
 
     def _attend(
@@ -212,10 +214,9 @@ class ForwardKernels:
         self.kernels.launch(self.kernels.get(name, defines, arch), grid, block, args, shared_bytes)
 
 
-def norm_threads(hidden_size: int) -> int:
-    """Threads of a row's norm, which fix the order of its sum."""
-    vectors = hidden_size // 4
-    return _warps(-(-vectors // -(-vectors // MAX_NORM_THREADS)), MAX_NORM_THREADS)
+def _rows_buffer(dtype: np.dtype[Any]) -> str:
+    """Each type has its own: a step takes rows of the residual stream and of attention."""
+    return f"rows_{dtype}"
 
 
 def _vectorized(what: str, size: int) -> int:
