@@ -5,7 +5,8 @@
 
 Loading and start-up are not counted; a short run before each workload compiles kernels and records
 graphs. Per step: `gpu_ms` is the time between events around a step's launches, `idle_share` the
-part of the time in which the GPU waits for the next launch. Results go to benchmarks/results/.
+part of the time in which the GPU waits for the next launch. `card` says whether the power limit
+held the clock down (card_state.py). Results go to benchmarks/results/.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from card_state import card_state
 from make_model import make_model
 from results_file import RESULTS, write_results
 from true_shapes import SHAPES, Shape
@@ -120,11 +122,12 @@ def measure(built: BuiltEngine, shape: Shape, workload: Workload, repeats: int) 
     times = StepTimes(built)
     run(built, requests(workload, 0, most_new=6))
     seconds, steps = [], {}
-    for repeat in range(1, repeats + 1):
-        times.clear()
-        seconds.append(run(built, requests(workload, repeat)))
-        built.ops.device.synchronize()
-        steps = times.summary()
+    with card_state() as card:
+        for repeat in range(1, repeats + 1):
+            times.clear()
+            seconds.append(run(built, requests(workload, repeat)))
+            built.ops.device.synchronize()
+            steps = times.summary()
     with suppress(AttributeError):
         del built.ops.launch
     median = statistics.median(seconds)
@@ -138,6 +141,7 @@ def measure(built: BuiltEngine, shape: Shape, workload: Workload, repeats: int) 
         "share_of_limit": round(limit / median, 4),
         "seconds": [round(s, 4) for s in seconds],
         "step_times": steps,
+        "card": card,
     }
     print(json.dumps({"shape": shape.model_option, **row}), file=sys.stderr, flush=True)
     return row

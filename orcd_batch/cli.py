@@ -70,7 +70,8 @@ Exit codes: 0 done; 1 differences found, or rows failed under dataset.on_error=r
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; argparse alone may exit by itself."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help", "help"):
+    verb = VERBS.get(args[0]) if args else None
+    if not args or args[0] == "help" or (verb is None and {"-h", "--help"}.intersection(args)):
         print(HELP, end="", file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
     if args[0] == "--version":
@@ -79,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"orcd-batch {__version__}")
         return 0
     debug = "debug=true" in [a.lower().replace(" ", "") for a in args] or "--debug" in args
-    verb = VERBS.get(args[0])
     if verb is None:
         return _guarded(lambda: _run(args), debug)
     return _guarded(lambda: verb(args[1:]), debug)

@@ -1,7 +1,7 @@
 """The loop of a run: rows into the runner, finished rows into the stores of their jobs."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from orcd_batch.data import InputDataset, InputRow
 from orcd_batch.errors import Interrupted, OrcdError, OutputError, RowError
@@ -15,6 +15,8 @@ from orcd_batch.row_runner import FinishedRows
 from orcd_batch.view import JobView
 
 log = logging.getLogger(__name__)
+
+_THE_ONE = (0,)
 
 
 class Generation:
@@ -40,7 +42,7 @@ class Generation:
         cannot be written, gets its `error` and leaves the loop; an interrupt is the error of all.
         What is finished is committed in every case.
         """
-        rows = self._dataset.rows(skip=self._is_done)
+        rows = self._dataset.rows(skip=self._skip())
         self._view.start_rows(self._num_done_rows, self._dataset.num_rows * len(self._jobs))
         try:
             while self._goes_on(rows):
@@ -67,13 +69,16 @@ class Generation:
     def _num_done_rows(self) -> int:
         return sum(job.store.num_done_rows for job in self._jobs)
 
-    def _is_done(self, index: int) -> bool:
-        return not self._wanting(index)
+    def _skip(self) -> Callable[[int], bool]:
+        """What tells whether no job needs a row."""
+        if len(self._jobs) == 1:  # the usual case, asked for every row
+            return self._jobs[0].store.is_done
+        return lambda index: not self._wanting(index)
 
-    def _wanting(self, index: int) -> list[int]:
-        """The jobs that still need the row."""
-        if len(self._jobs) == 1:  # the usual case, asked twice for every row
-            return [] if self._jobs[0].store.is_done(index) else [0]
+    def _wanting(self, index: int) -> Sequence[int]:
+        """The jobs that still need a row which at least one needs."""
+        if len(self._jobs) == 1:
+            return _THE_ONE
         return [
             number
             for number, job in enumerate(self._jobs)
@@ -91,25 +96,27 @@ class Generation:
         At most one batch of rows is read at a time, so that a stretch of rows that cannot be run
         is committed like any other.
         """
-        for _ in range(self._runner.max_num_seqs):
-            if not self._runner.has_room:
+        runner = self._runner
+        for _ in range(runner.max_num_seqs):
+            if not runner.has_room:
                 return True
             row = next(rows, None)
             if row is None:
                 return False
-            self._runner.submit(row, self._wanting(row.index))
+            runner.submit(row, self._wanting(row.index))
         return True
 
     def _keep(self, finished: FinishedRows) -> None:
         job, refused = self._jobs[finished.job], finished.refused
         if job.error is not None:
             return
-        if refused is not None:
+        if refused:
             with lines_about(job.directory):
-                log.warning("row %d (id %r): %s", *refused)
-        if refused is not None and job.options.dataset.on_error == "raise":
-            self._give_up(finished.job, _refusal(*refused))
-            return
+                for row in refused:
+                    log.warning("row %d (id %r): %s", *row)
+            if job.options.dataset.on_error == "raise":
+                self._give_up(finished.job, _refusal(*refused[0]))
+                return
         finished.keep_in(job.store)
         job.num_rows += finished.num_results
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from orcd_batch.errors import Interrupted
 
+INTERRUPTED = "Interrupted: finished rows are kept; the same command continues."
+
 
 class Interrupts:
     """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one interrupts.
@@ -25,7 +27,7 @@ class Interrupts:
     def stop_if_requested(self) -> None:
         """Raises Interrupted once a signal has come."""
         if self.requested:
-            raise Interrupted("Interrupted: finished rows are kept; the same command continues.")
+            raise Interrupted(INTERRUPTED)
 
     def __enter__(self) -> "Interrupts":
         for signum in (signal.SIGINT, signal.SIGTERM):

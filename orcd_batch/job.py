@@ -41,11 +41,16 @@ def run_job(options: JobOptions, directory: Path, view: JobView | None = None) -
     return result
 
 
-def run_jobs(jobs: Sequence[tuple[JobOptions, Path]], view: JobView | None = None) -> list[Result]:
+def run_jobs(
+    jobs: Sequence[tuple[JobOptions, Path]],
+    view: JobView | None = None,
+    interrupts: Interrupts | None = None,
+) -> list[Result]:
     """Runs jobs that differ in nothing but sampling and output over one loaded model.
 
-    Each job's output is what it would have been alone, bit for bit. Returns each job's document,
-    or the error that ended it alone; raises what ends them all.
+    Each job's output is what it would have been alone, bit for bit. interrupts: whoever has more
+    to run has entered them. Returns each job's document, or the error that ended it alone; raises
+    what ends them all.
     """
     started, phases = time.perf_counter(), Phases()
     phases.end("options and imports")
@@ -54,7 +59,7 @@ def run_jobs(jobs: Sequence[tuple[JobOptions, Path]], view: JobView | None = Non
         sampling_params(options.sampling, {})  # out of range: refused before any work
     with ExitStack() as stack:
         stack.enter_context(lines_about(*(directory for _, directory in jobs)))
-        interrupts = stack.enter_context(Interrupts())
+        interrupts = interrupts or stack.enter_context(Interrupts())
         view = stack.enter_context(view or JobView())
         dataset = InputDataset.open(options.data, dataset_options(options))
         phases.end("input")

@@ -1,7 +1,7 @@
 """Each job's own log file, while several jobs run in one process."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -12,12 +12,20 @@ _concerned: ContextVar[tuple[Path, ...]] = ContextVar("_concerned", default=())
 
 @contextmanager
 def lines_about(*directories: Path) -> Iterator[None]:
-    """Lines logged meanwhile go to the logs of the jobs in these run directories only."""
+    """Lines logged meanwhile go to the logs of the jobs in these run directories only.
+
+    After the outermost of these blocks the logs' files are closed: a sweep may have more jobs than
+    a process may have open files. A further line opens its file again.
+    """
     token = _concerned.set(directories)
     try:
         yield
     finally:
         _concerned.reset(token)
+        if not _concerned.get():
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, JobLogs):
+                    handler.close_files(directories)
 
 
 class JobLogs(logging.Handler):
@@ -49,9 +57,13 @@ class JobLogs(logging.Handler):
         root.setLevel(level)
         self.close()
 
-    def close(self) -> None:
-        """Closes the jobs' files."""
-        for handlers in self._handlers.values():
-            for handler in handlers:
+    def close_files(self, directories: Iterable[Path]) -> None:
+        """Closes the files of these jobs."""
+        for directory in directories:
+            for handler in self._handlers.get(directory, ()):
                 handler.close()
+
+    def close(self) -> None:
+        """Closes the files of all jobs."""
+        self.close_files(self._handlers)
         super().close()

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow.compute as pc
+
 from orcd_batch.config import JobOptions
 from orcd_batch.data import PartStore
 from orcd_batch.engine_factory import EngineChoice
@@ -12,6 +14,7 @@ from orcd_batch.loaded_engine import Machinery
 from orcd_batch.model_source import ModelSource, described
 from orcd_batch.reproducibility.environment import code_hash
 from orcd_batch.reproducibility.hashes import RunHash
+from orcd_batch.reproducibility.run_records import add_batch
 
 
 def job_identity(
@@ -63,16 +66,10 @@ def run_totals(store: PartStore) -> RunTotals:
     """One pass over the finished rows: counts, completion tokens and the run hash."""
     run_hash = RunHash()
     num_errors = num_tokens = 0
-    for record in store.records():
-        run_hash.add(
-            record.id,
-            record.sample_index,
-            record.token_hash,
-            record.numerics_hash,
-            record.error_kind,
-        )
-        num_errors += record.error_kind is not None
-        num_tokens += record.completion_tokens or 0
+    for batch in store.record_batches():
+        add_batch(run_hash, batch)
+        num_errors += batch.num_rows - batch.column("error_kind").null_count
+        num_tokens += pc.sum(batch.column("completion_tokens")).as_py() or 0
     return RunTotals(len(run_hash), num_errors, num_tokens, run_hash.hexdigest())
 
 

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 from orcd_batch.config import SamplingOptions
@@ -18,6 +19,10 @@ from orcd_batch.text import Tokenizer, cut_at_stop
 SampleKey = tuple[int, int, int]
 
 
+# A row's index and id, and why it could not be run.
+Refused = tuple[int, int | str, str]
+
+
 class FinishedRows(Protocol):
     """Rows of one job that are done."""
 
@@ -26,8 +31,8 @@ class FinishedRows(Protocol):
     @property
     def num_results(self) -> int: ...
     @property
-    def refused(self) -> tuple[int, int | str, str] | None:
-        """(index, id, reason) of the first row that could not be run."""
+    def refused(self) -> Sequence[Refused]:
+        """The rows that, or a sample of which, could not be run."""
         ...
 
     def keep_in(self, store: PartStore) -> None: ...
@@ -55,10 +60,10 @@ class JobRow:
         return len(self.results)
 
     @property
-    def refused(self) -> tuple[int, int | str, str] | None:
-        """The row's index and id, and why it, or one of its samples, could not be run."""
-        error = next((result.error for result in self.results if result.error is not None), None)
-        return None if error is None else (self.row.index, self.row.id, error)
+    def refused(self) -> Sequence[Refused]:
+        """The row, when it or one of its samples could not be run."""
+        errors = (result.error for result in self.results if result.error is not None)
+        return [(self.row.index, self.row.id, error) for error in islice(errors, 1)]
 
     def keep_in(self, store: PartStore) -> None:
         store.add(self.results)

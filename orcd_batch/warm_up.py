@@ -46,8 +46,13 @@ class WarmUp:
 
 
 def gpu_warm_up(args: Sequence[str]) -> WarmUp:
-    """For a run with these arguments; does nothing for engine=numpy or without a driver."""
+    """For a run with these arguments; does nothing for engine=numpy or without a driver.
+
+    Nor for a whole job by name: a check's runs are processes of their own, and this one would keep
+    its context on the GPU all night.
+    """
     is_wanted = not {"engine=numpy", "engine.kind=numpy"}.intersection(args)
+    is_wanted = is_wanted and not any(arg.startswith(("--config-name", "-cn")) for arg in args)
     has_driver = any(path.exists() for path in _DRIVER_FILES)
     return WarmUp([_open_device, _load_cublaslt] if is_wanted and has_driver else [])
 

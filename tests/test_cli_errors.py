@@ -19,7 +19,7 @@ def jobs(monkeypatch, tmp_path):
     """The options of every job that would have run."""
     seen: list[JobOptions] = []
 
-    def record(wanted, view=None):
+    def record(wanted, view=None, interrupts=None):
         seen.extend(options for options, _ in wanted)
         counts = dict.fromkeys(("rows", "rows_computed", "errors", "tokens", "tokens_per_s"), 0)
         return [{**counts, "run_hash": "", "directory": d.name} for _, d in wanted]
@@ -56,6 +56,8 @@ def run(capsys, *args):
         (["model=phi3", "data=[a[1].parquet]"], """'data=["a[1].parquet"]'"""),
         (["verfy", "a", "b"], "'verfy' is no verb and no KEY=VALUE"),
         (["model=phi3", "data=7"], "data=7 must be a path"),
+        (["model=phi3", "data=a", "check.runs=2"], "add --config-dir jobs --config-name nightly"),
+        (["model=phi3", "data=a", "sampling.stop.x=1"], "`orcd-batch --help` lists them"),
     ],
 )
 def test_a_wrong_command_line_gets_one_sentence(capsys, jobs, args, sentence):
@@ -168,6 +170,11 @@ def test_help_names_every_option(capsys):
     unnamed |= {"scale_out.kind"}
     missing = [n for n in option_names() if n not in unnamed and n.split(".")[-1] not in text]
     assert not missing
+
+
+def test_help_is_ours_wherever_it_is_asked_for(capsys):
+    assert main(["model=smollm2", "data=prompts.parquet", "--help"]) == 0
+    assert "Exit codes" in capsys.readouterr().out
 
 
 def test_the_data_room_knows_every_dataset_option():

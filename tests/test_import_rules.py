@@ -38,7 +38,7 @@ ALLOWED = {
         *("errors", "config", "data", "reproducibility", "prompts", "provenance", "row_runner"),
         *("engine_factory", "loaded_engine", "model_source"),
     },
-    "sweep": {"errors", "config", "job", "job_run", "reproducibility", "view"},
+    "sweep": {"errors", "config", "interrupts", "job", "job_run", "reproducibility", "view"},
     "nightly": {
         "errors",
         "config",

@@ -195,6 +195,20 @@ def test_a_night_that_is_stopped_ends_with_130_and_leaves_the_history_alone(fold
     assert folder.history.read_bytes() == before
 
 
+def test_a_multirun_of_checks_that_is_stopped_begins_no_further_check(folder):
+    places = "check.directory=outputs/nightly/seed-${sampling.seed}"
+    process = folder.start([*NOTHING_VARIED, "-m", "sampling.seed=1,2", places])
+    outputs = folder.path / "outputs"
+    while process.poll() is None and not list(outputs.rglob("seed-1/**/runs/reference/job.json")):
+        pass
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate()
+    assert process.returncode == 130
+    errors = [document["error"] for document in json.loads(out.splitlines()[-1])]
+    assert ["nothing of it is recorded" in error for error in errors] == [True, True]
+    assert not list(outputs.rglob("seed-2/**/job.json"))
+
+
 @pytest.fixture
 def in_process(monkeypatch, capsys):
     """A night by a call of main, for what ends before or with its first run."""

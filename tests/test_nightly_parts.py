@@ -11,6 +11,7 @@ import pytest
 from orcd_batch.config import CheckOptions, JobOptions
 from orcd_batch.data import DatasetOptions, InputDataset
 from orcd_batch.errors import InputError, OutputError
+from orcd_batch.job import dataset_options
 from orcd_batch.nightly.inputs import InputVariations
 from orcd_batch.nightly.plan import JobFacts, Stop, Variation, plan
 from orcd_batch.reproducibility.drift import describe
@@ -119,6 +120,19 @@ def test_shuffled_and_single_rows_keep_their_ids_and_sampling(tmp_path, with_ids
     assert inputs.options_of(Variation("same", "")) is options
     dealt = inputs.options_of(Variation("replicas-2", "", replicas=2)).scale_out
     assert (dealt.kind, dealt.replicas) == ("ray", 2)
+
+
+def test_shuffled_rows_keep_the_prefix_that_sets_the_output_apart(tmp_path):
+    """An earlier output as input: its `completion` column would collide without the prefix."""
+    pq.write_table(pa.table({"completion": ["a", "b"]}), tmp_path / "in.parquet")
+    read = {"prompt_column": "completion", "output_prefix": "new_"}
+    options = JobOptions(data=[str(tmp_path / "in.parquet")])
+    options.dataset.prompt_column, options.dataset.output_prefix = "completion", "new_"
+    dataset = InputDataset.open(options.data, DatasetOptions(**read))
+    inputs = InputVariations(dataset, options, tmp_path / "inputs")
+    found = inputs.options_of(Variation("order-1", "", order=1))
+    opened = InputDataset.open(found.data, dataset_options(found))
+    assert sorted(row.prompt for row in opened.rows()) == ["a", "b"]
 
 
 def test_a_history_grows_and_knows_the_last_good_night(tmp_path):

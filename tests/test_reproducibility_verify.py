@@ -314,6 +314,22 @@ def test_an_update_that_was_cut_short_is_noticed_and_can_be_repeated(
     assert len(Baseline(golden).updates) == 3
 
 
+def test_a_golden_result_that_is_gone_is_named_with_what_to_do(tmp_path: Path) -> None:
+    a, golden = run(tmp_path / "a.parquet", range(2)), tmp_path / "golden"
+    verify_command(a, str(golden), True, "the first")
+    (golden / "completions.parquet").unlink()
+    with pytest.raises(InputError, match=r"completions\.parquet is gone: restore it, repeat"):
+        verify_command(a, str(golden), False, None)
+    verify_command(a, str(golden), True, "it was lost")
+    assert verify_command(a, str(golden), False, None)[2] == 0
+
+
+def test_an_update_from_a_run_that_is_not_there_leaves_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        verify_command(str(tmp_path / "nowhere"), str(tmp_path / "golden"), True, "why")
+    assert not (tmp_path / "golden").exists()
+
+
 def test_a_damaged_list_of_updates_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for text in ("no json", "[]", '{"updates": 3}', '{"updates": [{"results": 1}]}'):
         (tmp_path / "baseline.json").write_text(text)

@@ -475,6 +475,38 @@ def test_ctrl_c_keeps_the_finished_rows_of_every_job_and_the_command_continues(m
     assert all(d["rows_resumed"] > 0 for d in documents)
 
 
+def test_ctrl_c_begins_no_further_batch_of_jobs(run, prompts, monkeypatch):
+    """The first batch loads its model when the interrupt comes; Hydra would launch three more."""
+    engine = job.LoadedEngine
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return engine(*args)
+
+    monkeypatch.setattr(job, "LoadedEngine", interrupted)
+    code, documents, _ = run(
+        "-m", prompts, "sampling.seed=1,2,3,4", "hydra.sweeper.max_batch_size=1"
+    )
+    assert code == 130
+    assert ["Interrupted" in document["error"] for document in documents] == [True]
+
+
+def test_ctrl_c_while_an_output_is_written_begins_no_further_group(
+    run, prompts, models, loads, monkeypatch
+):
+    assemble = part_store.PartStore.assemble
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        assemble(*args)
+
+    monkeypatch.setattr(part_store.PartStore, "assemble", interrupted)
+    both = f"model.path={models}/tiny.gguf,{models}/other.gguf"
+    code, (done, left), _ = run("-m", prompts, both)
+    assert (code, done["rows"], loads) == (130, 5, ["tiny.gguf"])
+    assert "the same command continues" in left["error"]
+
+
 def num_jobs_with_rows(sweep: Path) -> int:
     return len({part.parent for part in sweep.glob("*/*.parts/*.arrow")})
 

@@ -58,7 +58,7 @@ def test_leaving_waits_for_the_step_under_way_and_starts_no_other() -> None:
 @pytest.mark.parametrize(
     ("args", "is_wanted"),
     [((), True), (("engine=cuda",), True), (("engine=numpy",), False),
-     (("engine.kind=numpy", "x=1"), False)],
+     (("engine.kind=numpy", "x=1"), False), (("--config-name", "acceptance"), False)],
 )  # fmt: skip
 def test_the_gpu_is_warmed_up_where_there_is_a_driver_and_it_may_be_used(
     args: tuple[str, ...], is_wanted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path

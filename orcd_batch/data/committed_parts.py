@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from orcd_batch.data.durable import TEMPORARY_SUFFIX, put
 from orcd_batch.data.location import Location
-from orcd_batch.data.part_file import PART_SCHEMA, encode_part, id_from_text, read_part
+from orcd_batch.data.part_file import PART_SCHEMA, encode_part, id_from_text, read_part, retries
 from orcd_batch.data.part_index import PartIndex
 from orcd_batch.errors import OutputError
 
@@ -62,7 +62,7 @@ class CommittedParts:
         self._remove_temporary()
         for number in self.numbers():
             batch = read_part(self._location(number), ["row_index", "error_kind"])
-            self._index(number, batch.column(0).to_numpy(), _retries(batch.column(1)))
+            self._index(number, batch.column(0).to_numpy(), retries(batch.column(1)))
             self._num_bytes += self._location(number).info().size
 
     def add(self, batch: Any) -> None:
@@ -71,7 +71,7 @@ class CommittedParts:
         put(self._location(self._next), data)
         self._num_bytes += len(data)
         self._index(
-            self._next, batch.column("row_index").to_numpy(), _retries(batch.column("error_kind"))
+            self._next, batch.column("row_index").to_numpy(), retries(batch.column("error_kind"))
         )
 
     @property
@@ -96,13 +96,17 @@ class CommittedParts:
 
     def records(self) -> Iterator[Record]:
         """Every result there is, part by part; of a row in several parts only the newest."""
+        for batch in self.record_batches():
+            columns = [batch.column(name).to_pylist() for name in _RECORD_COLUMNS]
+            for row, row_id, *rest in zip(*columns, strict=True):
+                yield Record(row, id_from_text(row_id), *rest)
+
+    def record_batches(self) -> Iterator[Any]:
+        """As `records`, a RecordBatch of these columns a part; ids as a part has them."""
         for number in self.numbers():
             batch = read_part(self._location(number), _RECORD_COLUMNS)
-            newest = self.index.parts_of(batch.column(0).to_numpy()) == number
-            columns = [batch.column(name).to_pylist() for name in _RECORD_COLUMNS]
-            for keep, row, row_id, *rest in zip(newest.tolist(), *columns, strict=True):
-                if keep:
-                    yield Record(row, id_from_text(row_id), *rest)
+            newest = self.index.parts_of(batch.column("row_index").to_numpy()) == number
+            yield batch if newest.all() else batch.filter(pa.array(newest))
 
     def clear(self) -> None:
         """Deletes the parts and what was left half written; of other files nothing."""
@@ -120,17 +124,14 @@ class CommittedParts:
     def _location(self, number: int) -> Location:
         return self.directory.child(f"part-{number:06d}.arrow")
 
-    def _index(self, number: int, rows: NDArray[np.int64], retries: NDArray[np.bool_]) -> None:
+    def _index(self, number: int, rows: NDArray[np.int64], retry: NDArray[np.bool_]) -> None:
         if len(rows) and (rows[0] < 0 or (np.diff(rows) < 0).any()):
             raise OutputError(
                 f"The part {self._location(number)} is damaged (its rows are not in order): "
                 "delete it to recompute it."
             )
         starts = np.flatnonzero(np.diff(rows, prepend=-1))
-        for row in rows[starts].tolist():
-            self.index.mark(row, retry=False)
-        for row in set(rows[retries].tolist()):
-            self.index.mark(row, retry=True)
+        self.index.mark_all(rows[starts], np.unique(rows[retry]))
         self.index.place(rows, number)
         self._num_rows += len(starts)
         self._next = number + 1
@@ -148,8 +149,3 @@ class CommittedParts:
         newest = self.index.parts_of(rows[low:high]) == number
         part = batch.slice(low, high - low)
         return part if newest.all() else part.filter(pa.array(newest))
-
-
-def _retries(error_kinds: Any) -> NDArray[np.bool_]:
-    kinds = error_kinds.to_pylist()
-    return np.array([kind == "infrastructure" for kind in kinds], dtype=np.bool_)

@@ -188,9 +188,14 @@ class InputDataset:
         if names.id is not None:
             ids = ids_of(names.id, first, batch.column(names.id))
         sampling = {name: cells(batch.column(name)) for name in names.sampling}
+        is_plain = self.kind == "prompt" and not sampling
         for offset, value in enumerate(inputs):
             index = first + offset
-            if skip is None or not skip(index):
+            if skip is not None and skip(index):
+                continue
+            if is_plain and isinstance(value, str):  # what `_row` gives, sooner
+                yield InputRow(index, ids[offset], value)
+            else:
                 values = {name: column[offset] for name, column in sampling.items()}
                 yield self._row(index, ids[offset], value, values)
 

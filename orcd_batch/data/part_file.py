@@ -1,10 +1,13 @@
 """One committed part: finished rows as an Arrow IPC file, sorted by row, read without copying."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from orcd_batch.data.location import Location, reported_as
 from orcd_batch.data.results import COMPUTED_SCHEMA, SampleResult, computed_columns
@@ -26,7 +29,7 @@ def id_from_text(text: str) -> int | str:
 
 def part_batch(results: Sequence[SampleResult]) -> Any:
     """Results as a RecordBatch of PART_SCHEMA, sorted by row and sample."""
-    results = sorted(results, key=lambda result: (result.row_index, result.sample_index))
+    results = sorted(results, key=attrgetter("row_index", "sample_index"))
     head = [
         pa.array([result.row_index for result in results], pa.int64()),
         pa.array([id_as_text(result.id) for result in results], pa.string()),
@@ -38,7 +41,16 @@ def merged(batches: Sequence[Any]) -> Any:
     """RecordBatches of PART_SCHEMA as one, sorted by row; a row's samples stand in one of them."""
     table = pa.Table.from_batches(batches, PART_SCHEMA).combine_chunks()
     rows = table.column("row_index").to_numpy()
-    return table.take(pa.array(np.argsort(rows, kind="stable"))).to_batches()[0]
+    if (np.diff(rows) < 0).any():
+        table = table.take(pa.array(np.argsort(rows, kind="stable")))
+    return table.to_batches()[0]
+
+
+def retries(error_kinds: Any) -> NDArray[np.bool_]:
+    """Which entries of an error_kind column are infrastructure errors."""
+    found = pc.equal(error_kinds, "infrastructure").fill_null(False)
+    mask: NDArray[np.bool_] = found.to_numpy(zero_copy_only=False)
+    return mask
 
 
 def encode_part(batch: Any) -> memoryview:

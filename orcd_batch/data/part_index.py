@@ -31,14 +31,20 @@ class PartIndex:
         self.num_done += (not retry) - (self._state[row] == _DONE)
         self._state[row] = _RETRY if retry else _DONE
 
-    def mark_all(self, rows: NDArray[np.int64], retries: NDArray[np.int64]) -> None:
-        """As `mark` for rows that are not done yet, each once; `retries` are among them."""
+    def mark_all(self, rows: NDArray[np.int64], retries: NDArray[np.int64]) -> int:
+        """As `mark` for many rows, each once; `retries` are among them.
+
+        Returns how many of them were done already.
+        """
+        if not len(rows):
+            return 0
         self._grow(int(rows.max()) + 1)
         state = np.frombuffer(self._state, dtype=np.uint8)
-        assert not (state[rows] == _DONE).any(), f"some of {rows} are done already"
+        num_done = int(np.count_nonzero(state[rows] == _DONE))
         state[rows] = _DONE
         state[retries] = _RETRY
-        self.num_done += len(rows) - len(retries)
+        self.num_done += len(rows) - num_done - len(retries)
+        return num_done
 
     def place(self, rows: NDArray[np.int64], part: int) -> None:
         """The rows are in this part, which is newer than any they were in before."""

@@ -25,7 +25,7 @@ from orcd_batch.data.finished_output import FinishedOutput, recovered_parts
 from orcd_batch.data.location import Location, reported_as
 from orcd_batch.data.manifest import differences, differences_sentence
 from orcd_batch.data.output_lock import OutputLock
-from orcd_batch.data.part_file import merged, part_batch
+from orcd_batch.data.part_file import merged, part_batch, retries
 from orcd_batch.data.results import SampleResult
 from orcd_batch.errors import OrcdError, OutputError
 
@@ -117,10 +117,11 @@ class PartStore:
     def add_batch(self, batch: Any) -> None:
         """Takes finished rows as a RecordBatch of PART_SCHEMA, a row's samples side by side."""
         rows = batch.column("row_index").to_numpy()
-        retry = pc.equal(batch.column("error_kind"), "infrastructure").fill_null(False)
         num_tokens = pc.sum(batch.column("completion_tokens")).as_py() or 0
         distinct = np.unique(rows)
-        self._parts.index.mark_all(distinct, np.unique(rows[retry]))
+        retried = np.unique(rows[retries(batch.column("error_kind"))])
+        num_done = self._parts.index.mark_all(distinct, retried)
+        assert not num_done, f"{num_done} of {distinct} are done already"
         self._count_pending(len(distinct), num_tokens)
         self._pending_batches.append(batch)
 
@@ -139,10 +140,11 @@ class PartStore:
             return
         with self._explained("cannot be written; finished parts are kept"):
             self._claim()
-            batch = part_batch([r for row in self._pending.values() for r in row])
-            if self._pending_batches:
-                batch = merged([batch, *self._pending_batches])
-            self._parts.add(batch)
+            batches = self._pending_batches
+            if self._pending:
+                single = part_batch([r for row in self._pending.values() for r in row])
+                batches = [single, *batches]
+            self._parts.add(merged(batches))
         self._pending, self._pending_batches = {}, []
         self._num_pending_rows = self._num_pending_tokens = 0
 
@@ -150,6 +152,11 @@ class PartStore:
         """Identity, hashes and counts of every result, those of earlier runs included; streamed."""
         self.commit()
         return self._parts.records()
+
+    def record_batches(self) -> Iterator[Any]:
+        """As `records`, as RecordBatches with the columns of a Record."""
+        self.commit()
+        return self._parts.record_batches()
 
     def assemble(self, dataset: InputDataset, manifest: Mapping[str, Any]) -> None:
         """Writes the output in input order with its manifest, then removes the parts.

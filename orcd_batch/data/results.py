@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 import pyarrow as pa
@@ -28,6 +29,8 @@ COMPUTED_SCHEMA = pa.schema(
     ]
 )
 COMPUTED_NAMES: tuple[str, ...] = ("id", *COMPUTED_SCHEMA.names)
+_computed_values = attrgetter(*COMPUTED_SCHEMA.names)
+_NO_VALUES = [()] * len(COMPUTED_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class SampleResult:
 
 def computed_columns(results: Sequence[SampleResult]) -> list[Any]:
     """The columns of COMPUTED_SCHEMA as pyarrow arrays, one entry per result."""
+    values = zip(*map(_computed_values, results), strict=True) if results else _NO_VALUES
     return [
-        pa.array([getattr(result, field.name) for result in results], field.type)
-        for field in COMPUTED_SCHEMA
+        pa.array(column, field.type) for column, field in zip(values, COMPUTED_SCHEMA, strict=True)
     ]

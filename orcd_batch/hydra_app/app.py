@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from orcd_batch.config import JobOptions, job_facts
-from orcd_batch.errors import ConfigError, Interrupted, OrcdError
+from orcd_batch.errors import ConfigError, OrcdError
 from orcd_batch.hydra_app.errors import explain
 from orcd_batch.hydra_app.jobs import Jobs
 from orcd_batch.hydra_plugins import register as register_plugins
@@ -45,7 +45,7 @@ def run(args: Sequence[str]) -> tuple[Any, int]:
     try:
         _compose_and_run(args, jobs, sys.__stdout__ if hydra_verb else sys.stderr)
     except KeyboardInterrupt:  # ends a sweep; what its jobs gave is still told
-        if not jobs.outcomes or not isinstance(jobs.outcomes[-1].error, Interrupted):
+        if jobs.interrupt is None:
             raise
     if hydra_verb:
         return None, 0

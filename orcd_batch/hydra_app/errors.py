@@ -34,7 +34,16 @@ def explain(error: Exception) -> str:
         return f"{match[1]} is not set: add {match[1]}=NAME, one of {', '.join(match[2].split())}."
     if match := re.match(r"Could not override '([^']+)'", text):
         return _explain_unknown(match[1], error)
-    return " ".join(text.split())
+    if isinstance(error, AssertionError) and "NoneType" in text:  # `check` is null in a plain job
+        return (
+            "check.* options are for a check: add --config-dir jobs --config-name "
+            "nightly_reproducibility (or acceptance)."
+        )
+    sentence = " ".join(text.split()).rstrip(".")
+    return (
+        f"The options cannot be put together: {sentence}; `orcd-batch --help` lists them, and "
+        "debug=true shows where it failed."
+    )
 
 
 def _explain_grammar(override: str) -> str:

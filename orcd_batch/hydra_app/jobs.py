@@ -70,7 +70,7 @@ class Jobs:
             raise
         if not self.is_alone:
             _tell_errors([(self._name(), self.outcomes[-1])])
-        if isinstance(self.outcomes[-1].error, Interrupted):
+        if self.interrupt is not None:
             raise KeyboardInterrupt
 
     def collect(self, cfg: DictConfig) -> None:
@@ -88,7 +88,10 @@ class Jobs:
         self._collected.append(_Collected(self._name(), directory, job, *logged, cfg.debug))
 
     def run_collected(self, sweep_directory: Path) -> None:
-        """Runs what was collected; what ends one job does not touch the others."""
+        """Runs what was collected; what ends one job does not touch the others.
+
+        An interrupt ends them all, and those that Hydra would launch next.
+        """
         collected, self._collected = self._collected, []
         handlers = {job.directory: job.handlers for job in collected}
         try:
@@ -97,6 +100,14 @@ class Jobs:
         except Exception as error:
             self.bug = error
             raise
+        if self.interrupt is not None:
+            raise KeyboardInterrupt
+
+    @property
+    def interrupt(self) -> Interrupted | None:
+        """What ended the jobs before their time."""
+        errors = (outcome.error for outcome in self.outcomes)
+        return next((error for error in errors if isinstance(error, Interrupted)), None)
 
     def _run_all(self, collected: Sequence[_Collected], sweep_directory: Path) -> None:
         good = [job.job for job in collected if isinstance(job.job, SweepJob)]
@@ -104,7 +115,7 @@ class Jobs:
         results = iter(run_sweep(swept, sweep_directory)) if swept else iter(())
         for job in collected:
             with lines_about(job.directory):
-                self._take(partial(_result_of, job, results), job.directory, job.debug)
+                self._take(partial(self._result_of, job, results), job.directory, job.debug)
         names = [job.name for job in collected]
         _tell_errors(zip(names, self.outcomes[-len(names) :], strict=True))
 
@@ -116,6 +127,19 @@ class Jobs:
             log.error("%s", error, exc_info=debug)
             document = {"error": str(error), "directory": shown_path(directory)}
             self.outcomes.append(Outcome(document, error, error.exit_code))
+
+    def _result_of(self, job: _Collected, results: Iterator[Result]) -> Outcome:
+        """What the sweep gave for the job; a check runs now. Raises the error that ended it."""
+        if isinstance(job.job, OrcdError):
+            raise job.job
+        if job.job.options.check is not None:
+            if self.interrupt is not None:
+                raise self.interrupt
+            return _run_alone(job.job.options, job.directory)
+        result = next(results)
+        if isinstance(result, OrcdError):
+            raise result
+        return Outcome(result)
 
     def _run(self, cfg: DictConfig) -> Outcome:
         return _run_alone(self._options(cfg), _run_directory())
@@ -156,18 +180,6 @@ def _run_alone(options: JobOptions, directory: Path) -> Outcome:
     from orcd_batch.job import run_job
 
     return Outcome(run_job(options, directory))
-
-
-def _result_of(job: _Collected, results: Iterator[Result]) -> Outcome:
-    """What the sweep gave for the job; raises the error that ended it."""
-    if isinstance(job.job, OrcdError):
-        raise job.job
-    if job.job.options.check is not None:
-        return _run_alone(job.job.options, job.directory)
-    result = next(results)
-    if isinstance(result, OrcdError):
-        raise result
-    return Outcome(result)
 
 
 def _tell_errors(outcomes: Iterable[tuple[str, Outcome]]) -> None:

@@ -45,7 +45,6 @@ class InputVariations:
             self._options.dataset,
             id_column=columns.id or _INDEX_COLUMN,
             drop_columns=[],
-            output_prefix="",
             limit=None,
         )
 

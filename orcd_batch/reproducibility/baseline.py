@@ -74,6 +74,11 @@ class Baseline:
     def check(self) -> None:
         """Raises InputError when a golden result is not what the last update wrote."""
         for name, expected in self.run_hashes.items():
+            if not self.path(name).is_file():
+                raise InputError(
+                    f"The golden result {self.path(name)} is gone: restore it, repeat the update "
+                    "with --update --reason, or begin afresh in another directory."
+                )
             found = output_run_hash(self.path(name))
             if found != expected:
                 raise InputError(
@@ -101,7 +106,6 @@ class Baseline:
         if not reason.strip():
             raise ConfigError("A baseline is replaced for a reason: say it with --reason.")
         with reported_as(OutputError, f"The baseline {self.directory} cannot be written"):
-            self.directory.mkdir(parents=True, exist_ok=True)
             outputs = self._named(run)
             entry: dict[str, Any] = {
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -110,6 +114,7 @@ class Baseline:
             }
             if facts is not None:
                 entry["facts"] = dict(facts)
+            self.directory.mkdir(parents=True, exist_ok=True)
             staged = {name: self._staged(name, path) for name, path in outputs.items()}
             self._write([*self.updates, entry])
             for name, path in staged.items():

@@ -65,6 +65,8 @@ def _told(found: BaselineComparison, directory: str) -> Verdict:
     for what, names in (("the golden results", found.only_baseline), ("the run", found.only_run)):
         if names:
             parts.append(Text(f"Only in {what}: {', '.join(names)}"))
+    if found.only_baseline and is_baseline(directory):
+        parts.append(Text("A run that no longer has them needs golden results in a new directory."))
     return document, Group(*parts), 0 if found.equal else 1
 
 

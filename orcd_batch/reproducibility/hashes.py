@@ -1,7 +1,7 @@
 """The hashes that state what a run produced, and the digest that seeds a row's random numbers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,12 @@ class RunHash:
         key = typed_id(row_id)
         outcome = f"{token_hash} {numerics_hash}" if error_kind is None else f"error {error_kind}"
         head = np.array([sample_index, len(key)], dtype="<i8").tobytes()
-        self._records += hashlib.sha256(head + key + outcome.encode()).digest()
+        self.add_messages([head + key + outcome.encode()])
+
+    def add_messages(self, messages: Iterable[bytes]) -> None:
+        """Adds output rows by what their records are the hashes of."""
+        sha256 = hashlib.sha256
+        self._records += b"".join([sha256(message).digest() for message in messages])
 
     def hexdigest(self) -> str:
         """The hash of everything added so far; more may be added afterwards."""

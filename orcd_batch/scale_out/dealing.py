@@ -38,7 +38,8 @@ class Dealer:
 
     def add(self, dealt: DealtRow) -> None:
         """Puts a row of the input into the pool."""
-        self._num_unread = max(self._num_unread - 1, 0)
+        if self._num_unread:
+            self._num_unread -= 1
         self._num_read += 1
         self._work_read += dealt.work
         self._sequences_read += dealt.num_sequences
@@ -74,8 +75,9 @@ class Dealer:
             if hand.is_full(wanted[worker], fair_work):
                 heapq.heappop(least_busy)
                 continue
-            given[worker].append(self._pop())
-            hand.take(given[worker][-1])
+            dealt = self._pop()
+            given[worker].append(dealt)
+            hand.take(dealt)
             heapq.heapreplace(least_busy, (hand.work, worker))
         return [(worker, rows) for worker, rows in given.items() if rows]
 
@@ -86,10 +88,11 @@ class Dealer:
         """
         if job in self._dropped:
             return False
-        hand = self._hands[worker]
+        hand, this_job = self._hands[worker], {job}
         for index in dict.fromkeys(indexes):
             dealt = hand.rows[index]
-            dealt.jobs.remove(job)
+            assert job in dealt.jobs, f"row {index} is finished twice for job {job}"
+            dealt.jobs -= this_job
             if not dealt.jobs:
                 hand.give(index)
         return True
@@ -105,7 +108,7 @@ class Dealer:
         rows = list(hand.rows.values()) if hand else []
         for dealt in rows:
             dealt.num_deaths += 1
-            dealt.killed.add(worker)
+            dealt.killed |= {worker}
             dealt.num_deaths_alone += len(rows) == 1
         for dealt in rows:
             if dealt.num_deaths == 1:
@@ -119,13 +122,13 @@ class Dealer:
         """The job needs no row any more."""
         self._dropped.add(job)
         for _, _, _, dealt in self._pool:
-            dealt.jobs.discard(job)
+            dealt.jobs -= {job}
         for group in self._suspects:
             for dealt in group:
-                dealt.jobs.discard(job)
+                dealt.jobs -= {job}
         for hand in self._hands.values():
             for index in list(hand.rows):
-                hand.rows[index].jobs.discard(job)
+                hand.rows[index].jobs -= {job}
                 if not hand.rows[index].jobs:
                     hand.give(index)
         self._suspects = deque([d for d in g if d.jobs] for g in self._suspects)
@@ -143,17 +146,16 @@ class Dealer:
     def _push(self, dealt: DealtRow) -> None:
         """A row that has been dealt before goes first."""
         heapq.heappush(self._pool, (dealt.num_deaths == 0, -dealt.work, dealt.row.index, dealt))
-        self._count_pooled(dealt, 1)
+        self._num_characters += dealt.num_characters
+        self._pool_sequences += dealt.num_sequences
+        self._pool_work += dealt.work
 
     def _pop(self) -> DealtRow:
         dealt = heapq.heappop(self._pool)[-1]
-        self._count_pooled(dealt, -1)
+        self._num_characters -= dealt.num_characters
+        self._pool_sequences -= dealt.num_sequences
+        self._pool_work -= dealt.work
         return dealt
-
-    def _count_pooled(self, dealt: DealtRow, sign: int) -> None:
-        self._num_characters += sign * dealt.num_characters
-        self._pool_sequences += sign * dealt.num_sequences
-        self._pool_work += sign * dealt.work
 
     def _suspects_for(self, worker: int) -> list[DealtRow]:
         """For a worker that holds nothing: the first group that has not killed it, or that has

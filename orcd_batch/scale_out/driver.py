@@ -19,6 +19,7 @@ from orcd_batch.config import JobOptions, SamplingOptions
 from orcd_batch.engine_factory import EngineChoice, choose_engine
 from orcd_batch.errors import OrcdError, ScaleOutError
 from orcd_batch.reproducibility.environment import environment
+from orcd_batch.scale_out.collector import relax_collector
 from orcd_batch.scale_out.crew import Crew, one_line
 from orcd_batch.scale_out.messages import Assignment
 from orcd_batch.scale_out.runner import RayMachinery, RayRunner
@@ -49,6 +50,7 @@ class ScaleOut:
         self._make_engine = make_engine
         self._session: RaySession | None = None
         self._crew: Crew | None = None
+        self._restore_collector: Callable[[], None] | None = None
         if options.scale_out.address is not None:
             self._session = RaySession(options.scale_out.address)
 
@@ -128,6 +130,7 @@ class ScaleOut:
         while not self._crew.num_ready:
             check()
             runner.look()
+        self._restore_collector = relax_collector()
         return RayMachinery(runner, self._crew)
 
     @property
@@ -136,6 +139,9 @@ class ScaleOut:
         return self._crew.num_ready if self._crew else 0
 
     def close(self) -> None:
+        if self._restore_collector is not None:
+            self._restore_collector()
+            self._restore_collector = None
         if self._crew is not None:
             self._crew.close()
             self._crew = None
@@ -175,9 +181,10 @@ class ScaleOut:
                 continue
             fit = int(self._session.total(name) // each)
             if fit < (asked or 1):
+                workers = f"{asked} workers" if (asked or 1) > 1 else "one worker"
                 raise ScaleOutError(
-                    f"Ray has {self._session.total(name):g} {name}s, and {asked or 1} workers of "
-                    f"{each:g} each do not fit: lower scale_out.replicas or "
+                    f"Ray has {self._session.total(name):g} {name}s, not enough for {workers} with "
+                    f"{each:g} each: lower scale_out.replicas or "
                     f"scale_out.{name.lower()}s_per_replica."
                 )
             asked = asked or fit

@@ -24,13 +24,13 @@ class DealtRow:
     """
 
     row: InputRow
-    jobs: set[int]
+    jobs: frozenset[int]
     num_sequences: int
     num_characters: int
     work: float
     num_deaths: int = 0
     num_deaths_alone: int = 0
-    killed: set[int] = field(default_factory=set)
+    killed: frozenset[int] = frozenset()
 
     def is_guilty(self, num_workers: int) -> bool:
         """Whether it killed twice while nothing else was there, and two of several workers."""
@@ -42,7 +42,7 @@ class DealtRow:
         """num_tokens: what all its sequences may generate together."""
         num_characters = _num_characters(row)
         prompt_work = _PROMPT_TOKEN_WORK * num_characters / _CHARACTERS_PER_TOKEN
-        return cls(row, set(jobs), num_sequences, num_characters, num_tokens + prompt_work)
+        return cls(row, frozenset(jobs), num_sequences, num_characters, num_tokens + prompt_work)
 
 
 @dataclass(slots=True)
@@ -58,11 +58,15 @@ class Hand:
 
     def take(self, dealt: DealtRow) -> None:
         self.rows[dealt.row.index] = dealt
-        self._count(dealt, 1)
+        self.num_sequences += dealt.num_sequences
+        self.num_characters += dealt.num_characters
+        self.work += dealt.work
 
     def give(self, index: int) -> DealtRow:
         dealt = self.rows.pop(index)
-        self._count(dealt, -1)
+        self.num_sequences -= dealt.num_sequences
+        self.num_characters -= dealt.num_characters
+        self.work -= dealt.work
         return dealt
 
     def is_full(self, num_sequences: float, fair_work: float) -> bool:
@@ -71,15 +75,12 @@ class Hand:
             return True
         return bool(self.rows) and self.work > fair_work
 
-    def _count(self, dealt: DealtRow, sign: int) -> None:
-        self.num_sequences += sign * dealt.num_sequences
-        self.num_characters += sign * dealt.num_characters
-        self.work += sign * dealt.work
-
 
 def _num_characters(row: InputRow) -> int:
+    if row.prompt is not None:
+        return len(row.prompt)
     if row.token_ids is not None:
         return _CHARACTERS_PER_TOKEN * len(row.token_ids)
     if row.messages is not None:
         return sum(len(str(message.get("content"))) for message in row.messages)
-    return len(row.prompt or "")
+    return 0

@@ -10,7 +10,7 @@ from orcd_batch.config import SamplingOptions
 from orcd_batch.data import InputRow, PartStore, SampleResult
 from orcd_batch.data.part_file import id_from_text
 from orcd_batch.prompts import num_samples
-from orcd_batch.row_runner import FinishedRows, JobRow
+from orcd_batch.row_runner import FinishedRows, JobRow, Refused
 from orcd_batch.scale_out.crew import Crew, Joined, Left, Replied
 from orcd_batch.scale_out.dealing import Dealer
 from orcd_batch.scale_out.hands import DealtRow
@@ -35,12 +35,17 @@ class RowBatch:
         return int(self.batch.num_rows)
 
     @property
-    def refused(self) -> tuple[int, int | str, str] | None:
-        """(index, id, reason) of the first row, when these are rows that could not be run."""
-        first = self.batch.slice(0, 1).select(["row_index", "id", "error"]).to_pylist()[0]
-        if first["error"] is None:
-            return None
-        return first["row_index"], id_from_text(first["id"]), first["error"]
+    def refused(self) -> Sequence[Refused]:
+        """The rows that, or a sample of which, could not be run."""
+        errors = self.batch.column("error")
+        if errors.null_count == len(errors):
+            return []
+        bad = self.batch.select(["row_index", "id", "error"]).filter(errors.is_valid())
+        first = {row["row_index"]: row for row in reversed(bad.to_pylist())}
+        return [
+            (index, id_from_text(first[index]["id"]), first[index]["error"])
+            for index in sorted(first)
+        ]
 
     def keep_in(self, store: PartStore) -> None:
         store.add_batch(self.batch)
@@ -52,7 +57,8 @@ class RayRunner:
     def __init__(self, crew: Crew, sampling: Sequence[SamplingOptions], num_rows: int) -> None:
         self._crew, self._sampling = crew, sampling
         self._dealer = Dealer(num_rows)
-        self._sizes: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._sets: dict[frozenset[int], frozenset[int]] = {}
+        self._sizes: dict[frozenset[int], tuple[int, int]] = {}
         self._has_news = False
         self.num_tokens = [0] * len(sampling)
         self._done: list[FinishedRows] = []
@@ -79,22 +85,28 @@ class RayRunner:
 
     def submit(self, row: InputRow, jobs: Iterable[int]) -> None:
         """Puts the row into the pool from which the workers are served."""
-        jobs = tuple(jobs)
-        size = self._sizes.get(jobs)
+        wanting = frozenset(jobs)
+        assert wanting, f"no job wants row {row.index}"
+        wanting = self._sets.setdefault(wanting, wanting)  # one for many rows
+        size = self._sizes.get(wanting)
         if size is None or row.overrides:
-            size = self._size(row, jobs)
-        self._dealer.add(DealtRow.of(row, jobs, *size))
+            size = self._size(row, wanting)
+        self._dealer.add(DealtRow.of(row, wanting, *size))
         self._has_news = True
 
     def step(self) -> list[FinishedRows]:
         """Serves the workers and waits a moment for what they have finished."""
         wait_s, self._has_news = 0.0 if self._has_news else _WAIT_S, False
+        self._serve()
+        self.look(wait_s)
+        self._serve()  # now, for the finished rows are to be committed before the next step
+        done, self._done = self._done, []
+        return done
+
+    def _serve(self) -> None:
         self._dealer.num_workers = self._crew.num_left
         for worker, rows in self._dealer.deal():
             self._crew.submit(worker, packed((dealt.row, dealt.jobs) for dealt in rows))
-        self.look(wait_s)
-        done, self._done = self._done, []
-        return done
 
     def look(self, wait_s: float = _WAIT_S) -> None:
         """Takes the news from the workers, waiting so long for the first."""
@@ -107,7 +119,7 @@ class RayRunner:
             else:
                 self._take_back(event)
 
-    def _size(self, row: InputRow, jobs: tuple[int, ...]) -> tuple[int, int]:
+    def _size(self, row: InputRow, jobs: frozenset[int]) -> tuple[int, int]:
         """(sequences, tokens that they may generate together)."""
         num_sequences = num_tokens = 0
         for sampling in (self._sampling[job] for job in jobs):

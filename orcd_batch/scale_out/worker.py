@@ -25,6 +25,7 @@ from orcd_batch.model_source import ModelSource
 from orcd_batch.provenance import job_identity
 from orcd_batch.reproducibility.environment import environment
 from orcd_batch.row_runner import JobRow
+from orcd_batch.scale_out.collector import relax_collector
 from orcd_batch.scale_out.messages import Assignment, Failure, Loaded, Reply, Report, unpacked
 from orcd_batch.scale_out.worker_log import begin_log
 
@@ -147,6 +148,7 @@ class Worker:
         if self._is_remote:
             self._source.begin_confirmation()
         self._engine = self._make_engine(self._source, self._assignment)
+        relax_collector()
         log.info("ready")
         return Loaded(
             self._engine.runner.max_num_seqs, self._engine.describe(), self._engine.memory()

@@ -10,6 +10,7 @@ from typing import Any
 
 from orcd_batch.config import JobOptions
 from orcd_batch.errors import ConfigError, Interrupted, OrcdError
+from orcd_batch.interrupts import INTERRUPTED, Interrupts
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +43,25 @@ def run_sweep(jobs: Sequence[SweepJob], directory: Path) -> list[Result]:
 
     results: dict[int, Result] = dict(_sharing_a_place(jobs))
     groups = list(_groups(jobs, [n for n in range(len(jobs)) if n not in results]))
-    for number, group in enumerate(groups, 1):
-        view = GroupView(number, len(groups), len(group))
-        results |= zip(group, _run_group([jobs[n] for n in group], view), strict=True)
-        interrupted = [r for r in results.values() if isinstance(r, Interrupted)]
-        if interrupted:
-            results = {n: results.get(n, interrupted[0]) for n in range(len(jobs))}
-            break
+    with Interrupts() as interrupts:
+        for number, group in enumerate(groups, 1):
+            view = GroupView(number, len(groups), len(group))
+            found = _run_group([jobs[n] for n in group], view, interrupts)
+            results |= zip(group, found, strict=True)
+            if interrupts.requested:
+                break
+    results = {n: results.get(n, Interrupted(INTERRUPTED)) for n in range(len(jobs))}
     ordered = [results[number] for number in range(len(jobs))]
     show_sweep(jobs, ordered, _combined(ordered, directory))
     return ordered
 
 
-def _run_group(group: Sequence[SweepJob], view: Any) -> Sequence[Result]:
+def _run_group(group: Sequence[SweepJob], view: Any, interrupts: Interrupts) -> Sequence[Result]:
     """Runs jobs that share an engine; an error of what they share is the error of each."""
     from orcd_batch.job import run_jobs
 
     try:
-        return run_jobs([(job.options, job.directory) for job in group], view)
+        return run_jobs([(job.options, job.directory) for job in group], view, interrupts)
     except OrcdError as error:
         return [error] * len(group)
 
