@@ -1,12 +1,12 @@
-"""A fused sweep beside its jobs run alone, on the numpy engine: time, and every column's bits.
+"""A fused sweep beside its jobs run alone: time, and every column's bits.
 
     python benchmarks/sweep.py [--prompts 64] [--max-tokens 16] [--singles 30] [--folder DIR]
-                               [--results DIR]
+                               [--model phi3 --path FILE.gguf --engine cuda] [--results DIR]
 
-The command line is run as a user runs it, in processes of their own, with the demo model. Single
-jobs are run before and after the sweep, half of them each, so that a busy machine slows both alike;
-with fewer than all of them, the time of all is estimated from their mean. `load` is how many
-processes wanted to run in the minute before, those of this benchmark and all others.
+The command line is run as a user runs it, in processes of their own, by default with the demo model
+on the numpy engine. Single jobs are run before and after the sweep, half of them each, so that a
+busy machine slows both alike; with fewer, the time of all is estimated from their mean. `load` is
+how many processes wanted to run in the minute before, those of this benchmark and all others.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from results_file import write_results
 from orcd_batch.engine_factory import choose_engine
 
 ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEMPERATURES = ("0.0", "0.7", "1.0")
 SEEDS = range(10)
 _STYLES = ("", "Be brief. ", "Think first. ", "Answer politely. ")
@@ -59,16 +60,13 @@ class Cost:
 
 def run(folder: Path, *overrides: str) -> tuple[Any, Cost]:
     """The document and the cost of one command line."""
-    command = [
-        sys.executable, "-m", "orcd_batch", "model=smollm2",
-        f"model.path={ROOT / 'models' / 'SmolLM2-135M-Instruct.Q4_1.gguf'}",
-        "data=prompts.parquet", "engine=numpy", *overrides,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "orcd_batch", "data=prompts.parquet", *overrides]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     load, start, cpu_before = os.getloadavg()[0], time.perf_counter(), cpu_of_children()
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
@@ -91,17 +89,22 @@ def same_rows(one: Path, other: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--singles", type=int, default=30, help="how many jobs to run alone too")
+    parser.add_argument("--model", default="smollm2", help="as in model=")
+    parser.add_argument("--path", type=Path, default=MODEL, help="its file")
+    parser.add_argument("--engine", default="numpy", choices=("numpy", "cuda"))
     parser.add_argument("--folder", type=Path, help="keep the outputs here")
     parser.add_argument("--results", type=Path, help="store the figures as JSON in this folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         facts = measure(options.folder or Path(temporary), options)
     if options.results:
-        write_results(options.results, "sweep", choose_engine("numpy"), facts)
+        write_results(options.results, "sweep", choose_engine(options.engine), facts)
     sys.exit(0 if facts["num_equal"] == facts["num_alone"] else 1)
 
 
@@ -109,7 +112,10 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Runs everything; what was found, as the results file has it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(folder / "prompts.parquet", options.prompts)
-    common = f"sampling.max_tokens={options.max_tokens}"
+    common = (
+        *(f"model={options.model}", f'model.path="{options.path.resolve()}"'),
+        *(f"engine={options.engine}", f"sampling.max_tokens={options.max_tokens}"),
+    )
     jobs = list(product(TEMPERATURES, SEEDS))
     chosen = [n * len(jobs) // options.singles for n in range(options.singles)]
     costs: dict[int, Cost] = {}
@@ -118,7 +124,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         for number in numbers:
             temperature, seed = jobs[number]
             document, took = run(
-                folder, common, f"sampling.temperature={temperature}", f"sampling.seed={seed}",
+                folder, *common, f"sampling.temperature={temperature}", f"sampling.seed={seed}",
                 f"output=alone-{number}.parquet", "overwrite=true",
             )  # fmt: skip
             costs[number] = took
@@ -126,7 +132,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     run_alone(chosen[::2])
     sweep, fused = run(
-        folder, "--multirun", common, f"sampling.temperature={','.join(TEMPERATURES)}",
+        folder, "--multirun", *common, f"sampling.temperature={','.join(TEMPERATURES)}",
         f"sampling.seed=range({len(SEEDS)})", "overwrite=true",
     )  # fmt: skip
     tokens = sum(job["tokens"] for job in sweep)
