@@ -83,4 +83,4 @@ def test_every_number_of_sequences_has_a_size_that_adds_few(max_seqs: int) -> No
     assert sizes[-1] == max_seqs
     assert sizes == sorted(set(sizes))
     for below, size in zip([0, *sizes], sizes, strict=False):
-        assert size - below <= max(64, below)
+        assert size - below <= max(1, min(below, 64 if size <= 512 else 128))

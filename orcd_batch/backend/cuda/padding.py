@@ -15,8 +15,9 @@ from orcd_batch.backend.ops import Batch, SampleBatch
 # Widths of block tables come in powers of two from here on: one split of attention.
 MIN_TABLE_WIDTH = 4
 
-# Numbers of sequences; beyond the last, multiples of it: half a tile of a matrix product's rows.
-_FEW_SEQS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+# Numbers of sequences up to these two; beyond them multiples of 64, half a tile of a product's
+# rows, and of 128. Each is a graph to record, which costs a small model more than some rows more.
+_FEW_SEQS, _MANY_SEQS = (1, 2, 4, 8, 16, 24, 32, 48, 64), 512
 
 _PADDING_SAMPLING: Mapping[str, float] = {"top_p": 1.0, "repetition_penalty": 1.0}
 
@@ -29,7 +30,11 @@ def is_decode(batch: Batch, sampling: SampleBatch) -> bool:
 def step_sizes(max_seqs: int) -> list[int]:
     """The numbers of sequences that decode steps are padded to, ascending, up to max_seqs."""
     step = _FEW_SEQS[-1]
-    sizes = [*_FEW_SEQS, *range(2 * step, max_seqs, step)]
+    sizes = (
+        *_FEW_SEQS,
+        *range(2 * step, _MANY_SEQS, step),
+        *range(_MANY_SEQS, max_seqs, 2 * step),
+    )
     return [*(size for size in sizes if size < max_seqs), max_seqs]
 
 
