@@ -218,7 +218,7 @@ def test_a_model_that_a_worker_cannot_see_is_an_error_that_names_its_node(
 
 @pytest.mark.slow
 def test_more_workers_than_fit_are_refused_with_both_numbers(options, tmp_path, cluster):
-    with pytest.raises(ScaleOutError, match="Ray has 2 CPUs, and 9 workers"):
+    with pytest.raises(ScaleOutError, match="Ray has 2 CPUs, not enough for 9 workers"):
         run_jobs([(seeded(options, 1, "out.parquet", address=cluster, replicas=9), tmp_path)])
 
 
@@ -240,8 +240,8 @@ def test_on_error_raise_ends_the_job_and_keeps_finished_rows(options, tmp_path, 
 def test_an_interrupted_run_stops_at_once_and_resumes(options, tmp_path):
     needs_ray()
     args = ["model=smollm2", "model.path=tiny.gguf", "model.chat=false", "data=in.parquet",
-            "engine=numpy", "sampling.max_tokens=100", "scale_out=ray", "scale_out.replicas=1",
-            "engine.max_num_seqs=1", "output=out.parquet"]  # fmt: skip
+            "engine=numpy", "sampling.max_tokens=100", "sampling.n=6", "scale_out=ray",
+            "scale_out.replicas=1", "engine.max_num_seqs=1", "output=out.parquet"]  # fmt: skip
     command = [sys.executable, "-m", "orcd_batch", *args]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -252,4 +252,4 @@ def test_an_interrupted_run_stops_at_once_and_resumes(options, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1])["rows"] == NUM_ROWS
+    assert json.loads(done.stdout.splitlines()[-1])["rows"] == 6 * NUM_ROWS
