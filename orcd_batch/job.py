@@ -9,24 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from orcd_batch.config import JobOptions
 from orcd_batch.data import DatasetOptions, InputDataset, preview
-from orcd_batch.engine_factory import EngineChoice, choose_engine
 from orcd_batch.errors import OrcdError
 from orcd_batch.generation import Generation
 from orcd_batch.interrupts import Interrupts
 from orcd_batch.job_logs import lines_about
-from orcd_batch.job_run import JobRun, output_of
+from orcd_batch.job_run import JobRun, Result, output_of
 from orcd_batch.loaded_engine import LoadedEngine, Machinery
 from orcd_batch.model_source import ModelSource
 from orcd_batch.phases import Phases
 from orcd_batch.prompts import sampling_params
-from orcd_batch.provenance import job_identity, manifest, run_statistics, run_totals
-from orcd_batch.reproducibility.environment import environment
+from orcd_batch.provenance import (
+    choose_here,
+    job_identity,
+    manifest,
+    run_statistics,
+    run_totals,
+)
 from orcd_batch.view import JobView
 
 if TYPE_CHECKING:
     from orcd_batch.scale_out.driver import ScaleOut
-
-Result = dict[str, Any] | OrcdError
 
 
 def run_job(options: JobOptions, directory: Path, view: JobView | None = None) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def run_jobs(
         scale_out = stack.enter_context(_scale_out(options, jobs[0][1]))
         check = interrupts.stop_if_requested
         choice, surroundings = (
-            scale_out.choose(check) if scale_out else _choose(options.engine.kind)
+            scale_out.choose(check) if scale_out else choose_here(options.engine.kind)
         )
         phases.end("device")
         input_hash = dataset.content_hash()
@@ -85,7 +87,7 @@ def run_jobs(
 
         def loading(part: str, done: int, total: int) -> None:
             view.loading(part, done, total)
-            interrupts.stop_if_requested()
+            check()
 
         runs = [opened(*job) for job in jobs]
         unfinished = [run for run in runs if isinstance(run, JobRun) and run.goes_on]
@@ -157,11 +159,6 @@ def _result(
     samples = preview(run.output, dataset.columns.input, prefix, shown) if shown else []
     view.finish(samples, document)
     return document
-
-
-def _choose(kind: str) -> tuple[EngineChoice, dict[str, Any]]:
-    choice = choose_engine(kind)
-    return choice, environment(choice.kind)
 
 
 def _scale_out(options: JobOptions, directory: Path) -> "AbstractContextManager[ScaleOut | None]":

@@ -11,6 +11,9 @@ from orcd_batch.data import InputDataset, PartStore
 from orcd_batch.errors import OrcdError, RowError
 from orcd_batch.prompts import sampling_params
 
+# The document of a job that is done, or what ended it.
+Result = dict[str, Any] | OrcdError
+
 
 @dataclass(slots=True, eq=False)
 class JobRun:

@@ -9,12 +9,22 @@ import pyarrow.compute as pc
 
 from orcd_batch.config import JobOptions
 from orcd_batch.data import PartStore
-from orcd_batch.engine_factory import EngineChoice
+from orcd_batch.engine_factory import EngineChoice, choose_engine
 from orcd_batch.loaded_engine import Machinery
 from orcd_batch.model_source import ModelSource, described
 from orcd_batch.reproducibility.environment import code_hash
+from orcd_batch.reproducibility.environment import environment as environment_of
 from orcd_batch.reproducibility.hashes import RunHash
 from orcd_batch.reproducibility.run_records import add_batch
+
+
+def choose_here(kind: str) -> tuple[EngineChoice, dict[str, Any]]:
+    """The engine that `engine=kind` means in this process, and the environment it runs in.
+
+    Raises as `choose_engine` does.
+    """
+    choice = choose_engine(kind)
+    return choice, environment_of(choice.kind)
 
 
 def job_identity(

@@ -5,7 +5,6 @@ with `--sweep` the runs are sweeps of four jobs over one loaded model.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -20,8 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from support.gguf_factory import write_model
-from support.paths import REPO_ROOT
+from support.trial_job import finish, start, write_numbered_prompts, write_tiny_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +33,8 @@ class Bench:
 
     @classmethod
     def make(cls, folder: Path, num_rows: int) -> "Bench":
-        write_model(folder / "tiny.gguf", num_layers=1, hidden_size=64, num_heads=2,
-                    num_kv_heads=1, intermediate_size=64)  # fmt: skip
-        prompts = [f"Row {i}: {'word ' * (i % 7)}" for i in range(num_rows)]
-        pq.write_table(
-            pa.table({"prompt": prompts, "number": list(range(num_rows))}),
-            folder / "in.parquet",
-            row_group_size=500,
-        )
+        write_tiny_model(folder)
+        write_numbered_prompts(folder, num_rows)
         bench = cls(folder, num_rows, {})
         process = bench.start("whole.parquet")
         bench.wait_for_part(process, "whole.parquet")
@@ -57,14 +49,7 @@ class Bench:
             "engine.num_threads=1", "sampling=default", "sampling.max_tokens=2",
             "dataset.id_column=number",
         ]  # fmt: skip
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-        )
+        return start(command, self.folder)
 
     def wait_for_part(self, process: "subprocess.Popen[str]", output: str) -> None:
         """Returns when the first part is committed, or the process has ended."""
@@ -82,18 +67,6 @@ def _has_part(parts: Path) -> bool:
         return any(name.endswith(".arrow") for name in os.listdir(parts))
     except FileNotFoundError:
         return False
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-
-
-def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    """The JSON of a run that must succeed."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, f"exit code {process.returncode}: {err[-2000:]}"
-    document: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return document
 
 
 def kill_somewhere(bench: Bench, output: str, rng: random.Random) -> bool:
@@ -138,12 +111,11 @@ class SweepBench:
 
     @classmethod
     def make(cls, folder: Path, num_rows: int) -> "SweepBench":
-        write_model(folder / "tiny.gguf", num_layers=1, hidden_size=64, num_heads=2,
-                    num_kv_heads=1, intermediate_size=64)  # fmt: skip
+        write_tiny_model(folder)
         prompts = [f"Row {i}: {'word ' * (i % 40)}" for i in range(num_rows)]
         pq.write_table(pa.table({"prompt": prompts}), folder / "in.parquet", row_group_size=100)
         bench, started = cls(folder, []), time.monotonic()
-        documents = bench.finish(bench.start("whole"))
+        documents = finish(bench.start("whole"))
         return cls(folder, [job["run_hash"] for job in documents], time.monotonic() - started)
 
     def start(self, directory: str) -> "subprocess.Popen[str]":
@@ -156,21 +128,7 @@ class SweepBench:
             "engine=numpy", "engine.num_threads=1", "sampling.max_tokens=4",
             "sampling.temperature=0,0.8", "sampling.seed=1,2", f"hydra.sweep.dir={directory}",
         ]  # fmt: skip
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment(),
-        )
-
-    @staticmethod
-    def finish(process: "subprocess.Popen[str]") -> list[dict[str, Any]]:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, f"exit code {process.returncode}: {err[-2000:]}"
-        documents: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
-        return documents
+        return start(command, self.folder)
 
 
 def killed(process: "subprocess.Popen[str]", seconds: float) -> bool:
@@ -196,7 +154,7 @@ def sweep_trial(bench: SweepBench, number: int, rng: random.Random) -> str:
         num_kills += process.returncode == -signal.SIGKILL
     if process.returncode != 0:
         process = bench.start(directory)
-    documents = bench.finish(process)
+    documents = finish(process)
     assert [job["run_hash"] for job in documents] == bench.run_hashes, documents
     for job in documents:
         whole = bench.folder / "whole" / Path(job["output"]).parent.name / "completions.parquet"

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from support.part_records import records
 
 from orcd_batch.data import DatasetOptions, InputDataset, InputRow, PartStore, SampleResult
 from orcd_batch.reproducibility import RunHash, numerics_hash, token_hash
@@ -62,7 +63,7 @@ def run_trivial_job(
         if store.commit_due:
             store.commit()
     run_hash = RunHash()
-    for record in store.records():
+    for record in records(store):
         run_hash.add(
             record.id,
             record.sample_index,

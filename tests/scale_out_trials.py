@@ -8,7 +8,6 @@ code 1 on a failure.
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -21,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from support.gguf_factory import write_model
-from support.paths import REPO_ROOT
+from support import trial_job
+from support.trial_job import finish, write_numbered_prompts, write_tiny_model
 
-_VARIABLE = b"ORCD_BATCH_RAY_SESSION="
+from orcd_batch.scale_out.keeper import SESSION_VARIABLE
+
+_VARIABLE = f"{SESSION_VARIABLE}=".encode()
 _DRIVER_EVERY = 5
 _LEFT_BEHIND_S = 30.0
 _COMPARED = ["number", "sample_index", "token_hash", "numerics_hash", "error"]
@@ -43,14 +43,8 @@ class Bench:
 
     @classmethod
     def make(cls, folder: Path, num_rows: int) -> "Bench":
-        write_model(folder / "tiny.gguf", num_layers=1, hidden_size=64, num_heads=2,
-                    num_kv_heads=1, intermediate_size=64)  # fmt: skip
-        prompts = [f"Row {i}: {'word ' * (i % 7)}" for i in range(num_rows)]
-        pq.write_table(
-            pa.table({"prompt": prompts, "number": list(range(num_rows))}),
-            folder / "in.parquet",
-            row_group_size=500,
-        )
+        write_tiny_model(folder)
+        write_numbered_prompts(folder, num_rows)
         document = finish(start(folder, "whole", "scale_out=none"))
         return cls(folder, num_rows, document, rows_of(folder, "whole"))
 
@@ -62,22 +56,7 @@ def start(folder: Path, name: str, *overrides: str) -> "subprocess.Popen[str]":
         "engine=numpy", "engine.num_threads=1", "sampling=default", "sampling.max_tokens=4",
         "dataset.id_column=number", "scale_out=ray", "scale_out.replicas=2", *overrides,
     ]  # fmt: skip
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    """The JSON of a run that must succeed."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, f"exit code {process.returncode}: {err[-2000:]}"
-    document: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return document
+    return trial_job.start(command, folder)
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:

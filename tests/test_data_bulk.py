@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from large_job import IDENTITY, trivial_result
+from support.part_records import records
 
 from orcd_batch.data import DatasetOptions, InputDataset, InputRow, PartStore, SampleResult
 from orcd_batch.data.part_file import PART_SCHEMA, id_as_text, merged, part_batch, retries
@@ -17,7 +18,7 @@ from orcd_batch.data.part_index import PartIndex
 from orcd_batch.data.results import COMPUTED_SCHEMA
 from orcd_batch.provenance import run_totals
 from orcd_batch.reproducibility import RunHash
-from orcd_batch.reproducibility.run_records import add_batch
+from orcd_batch.reproducibility.run_records import add_batch, add_output
 
 ids = st.integers(-(2**63), 2**64 - 1) | st.text(max_size=8)
 kinds = st.sampled_from([None, None, "input", "infrastructure"])
@@ -40,6 +41,19 @@ def test_a_batch_adds_to_the_run_hash_what_its_rows_add(rows: list[tuple[Any, An
     assert len(at_once) == len(rows)
 
 
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)) | st.lists(st.text(max_size=8)), st.data())
+def test_an_output_adds_to_the_run_hash_what_its_rows_add(row_ids: Any, data: Any) -> None:
+    results = [result_of(i, row_id, data.draw(kinds)) for i, row_id in enumerate(row_ids)]
+    one_by_one, at_once = RunHash(), RunHash()
+    for r in results:
+        one_by_one.add(r.id, r.sample_index, r.token_hash, r.numerics_hash, r.error_kind)
+    batch = part_batch(results)
+    place = batch.schema.get_field_index("id")
+    id_type = pa.string() if row_ids and isinstance(row_ids[0], str) else pa.int64()
+    add_output(at_once, batch.set_column(place, "id", pa.array(row_ids, id_type)))
+    assert at_once.hexdigest() == one_by_one.hexdigest()
+
+
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(st.tuples(kinds, kinds), min_size=1, max_size=30), part=st.integers(1, 9))
 def test_the_totals_are_those_of_the_records(
@@ -53,12 +67,12 @@ def test_the_totals_are_those_of_the_records(
                     store.add([result_of(index, f"r{index}", row[attempt])])
                 if index % part == 0:
                     store.commit()
-        totals, records, run_hash = run_totals(store), list(store.records()), RunHash()
-        for r in records:
+        totals, found, run_hash = run_totals(store), list(records(store)), RunHash()
+        for r in found:
             run_hash.add(r.id, r.sample_index, r.token_hash, r.numerics_hash, r.error_kind)
-    assert totals.num_rows == len(records) == len(rows)
-    assert totals.num_errors == sum(record.error_kind is not None for record in records)
-    assert totals.num_tokens == sum(record.completion_tokens or 0 for record in records)
+    assert totals.num_rows == len(found) == len(rows)
+    assert totals.num_errors == sum(record.error_kind is not None for record in found)
+    assert totals.num_tokens == sum(record.completion_tokens or 0 for record in found)
     assert totals.run_hash == run_hash.hexdigest()
 
 

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from large_job import IDENTITY, run_trivial_job, trivial_result
 from pyarrow import fs
+from support.part_records import records
 
 from orcd_batch.data import DatasetOptions, InputDataset, PartStore, SampleResult, read_manifest
 from orcd_batch.data import part_store as part_store_module
@@ -312,8 +313,8 @@ def test_infrastructure_errors_are_run_again_before_and_after_the_end(
         assert store.num_done_rows == 32
         for row in dataset.rows(skip=store.is_done):
             store.add([trivial_result(row, sample, 2) for sample in range(3)])
-        assert len(list(store.records())) == 120
-        assert all(record.error_kind is None for record in store.records())
+        assert len(list(records(store))) == 120
+        assert all(record.error_kind is None for record in records(store))
         store.assemble(dataset, {})
     table = read(output)
     assert table.column("error_kind").null_count == 120

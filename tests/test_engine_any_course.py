@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.gguf_factory import write_model
+from support.numpy_model import load_numpy_model
 
 from orcd_batch import SamplingParams
 from orcd_batch.backend.numpy_ops import NumpyOps
 from orcd_batch.backend.ops import BLOCK_SIZE, Batch, Compute, KVCache, SampleBatch, Sampled
-from orcd_batch.checkpoint import GGUFFile, read_model_config, weight_map
 from orcd_batch.engine import Completion, Engine, Request
-from orcd_batch.model import load_weights
 
 MAX_MODEL_LEN = 256
 NUM_COURSES = 25
@@ -73,12 +72,7 @@ class StopAtSum:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path: Path = tmp_path_factory.mktemp("course") / "model.gguf"
     write_model(path, hidden_size=64, num_heads=2, num_kv_heads=1, intermediate_size=64)
-    with GGUFFile.open(path) as gguf:
-        config = read_model_config(gguf)
-        ops = NumpyOps(1)
-        weights = load_weights(gguf, weight_map(gguf, config), config, ops)
-        ops.close()
-    return config, weights
+    return load_numpy_model(path)
 
 
 def requests() -> list[Request]:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support.gguf_factory import write_model
+from support.numpy_model import load_numpy_model
 
 from orcd_batch import LlamaInferenceAdapter, SamplingParams
 from orcd_batch.backend.numpy_ops import NumpyOps
 from orcd_batch.backend.numpy_sampler import logits_fingerprint
-from orcd_batch.checkpoint import GGUFFile, read_model_config, weight_map
 from orcd_batch.engine import Engine, Request
-from orcd_batch.model import Weights, load_weights
+from orcd_batch.model import Weights
 
 MODELS: dict[str, dict[str, Any]] = {
     "grouped": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 1024},
@@ -41,12 +41,7 @@ Outcome = dict[object, tuple[Any, ...]]
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("bitwise") / f"{request.param}.gguf"
     write_model(path, **MODELS[request.param])
-    with GGUFFile.open(path) as gguf:
-        config = read_model_config(gguf)
-        ops = NumpyOps(1)
-        weights = load_weights(gguf, weight_map(gguf, config), config, ops)
-        ops.close()
-    return config, weights
+    return load_numpy_model(path)
 
 
 def requests() -> list[Request]:

@@ -26,6 +26,7 @@ from orcd_batch.config import ScaleOutOptions as Options
 from orcd_batch.data import read_manifest
 from orcd_batch.errors import RowError, ScaleOutError
 from orcd_batch.job import run_jobs
+from orcd_batch.provenance import choose_here
 from orcd_batch.scale_out.driver import ScaleOut
 from orcd_batch.scale_out.worker import load_engine
 
@@ -195,7 +196,7 @@ def test_workers_that_never_get_ready_end_the_job_with_a_sentence(
 def test_a_worker_of_another_kind_is_refused_by_name(options, tmp_path, monkeypatch, cluster):
     monkeypatch.setattr("orcd_batch.engine_factory.cpu_name", lambda: "Another CPU")
     monkeypatch.setattr(
-        ScaleOut, "choose", lambda self, check: job_module._choose("numpy")
+        ScaleOut, "choose", lambda self, check: choose_here("numpy")
     )  # this process's, not the cluster's
     with pytest.raises(ScaleOutError, match=r"Worker \d on .*\(device is Another CPU here"):
         run_jobs([(seeded(options, 1, "out.parquet", address=cluster), tmp_path)])

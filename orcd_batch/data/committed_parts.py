@@ -4,7 +4,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from orcd_batch.data.durable import TEMPORARY_SUFFIX, put
 from orcd_batch.data.location import Location
-from orcd_batch.data.part_file import PART_SCHEMA, encode_part, id_from_text, read_part, retries
+from orcd_batch.data.part_file import PART_SCHEMA, encode_part, read_part, retries
 from orcd_batch.data.part_index import PartIndex
 from orcd_batch.errors import OutputError
 
@@ -20,22 +20,8 @@ _PART_NAME = re.compile(r"part-(\d{6,})\.arrow")
 _MAX_OPEN_PARTS = 8
 _RECORD_COLUMNS = (
     *("row_index", "id", "sample_index", "token_hash", "numerics_hash"),
-    *("finish_reason", "prompt_tokens", "completion_tokens", "error_kind"),
+    *("completion_tokens", "error_kind"),
 )
-
-
-class Record(NamedTuple):
-    """What the run hash and the totals need of one output row."""
-
-    row_index: int
-    id: int | str
-    sample_index: int
-    token_hash: str | None
-    numerics_hash: str | None
-    finish_reason: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    error_kind: str | None
 
 
 class CommittedParts:
@@ -94,15 +80,11 @@ class CommittedParts:
         rows = table.column("row_index").to_numpy()
         return table.combine_chunks().take(pa.array(np.argsort(rows, kind="stable")))
 
-    def records(self) -> Iterator[Record]:
-        """Every result there is, part by part; of a row in several parts only the newest."""
-        for batch in self.record_batches():
-            columns = [batch.column(name).to_pylist() for name in _RECORD_COLUMNS]
-            for row, row_id, *rest in zip(*columns, strict=True):
-                yield Record(row, id_from_text(row_id), *rest)
-
     def record_batches(self) -> Iterator[Any]:
-        """As `records`, a RecordBatch of these columns a part; ids as a part has them."""
+        """What the run hash and the totals need of every result, a RecordBatch a part.
+
+        Ids are as a part has them; of a row in several parts only the newest counts.
+        """
         for number in self.numbers():
             batch = read_part(self._location(number), _RECORD_COLUMNS)
             newest = self.index.parts_of(batch.column("row_index").to_numpy()) == number

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from orcd_batch.data.assembly import write_output
-from orcd_batch.data.committed_parts import CommittedParts, Record
+from orcd_batch.data.committed_parts import CommittedParts
 from orcd_batch.data.dataset import InputDataset
 from orcd_batch.data.durable import put
 from orcd_batch.data.finished_output import FinishedOutput, recovered_parts
@@ -148,13 +148,11 @@ class PartStore:
         self._pending, self._pending_batches = {}, []
         self._num_pending_rows = self._num_pending_tokens = 0
 
-    def records(self) -> Iterator[Record]:
-        """Identity, hashes and counts of every result, those of earlier runs included; streamed."""
-        self.commit()
-        return self._parts.records()
-
     def record_batches(self) -> Iterator[Any]:
-        """As `records`, as RecordBatches with the columns of a Record."""
+        """Identity, hashes and counts of every result, those of earlier runs included; streamed.
+
+        RecordBatches as `CommittedParts.record_batches` gives them.
+        """
         self.commit()
         return self._parts.record_batches()
 

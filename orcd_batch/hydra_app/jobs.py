@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from orcd_batch.config import JobOptions, resolve
 from orcd_batch.errors import ConfigError, Interrupted, OrcdError
 from orcd_batch.job_logs import JobLogs, lines_about
-from orcd_batch.job_run import shown_path
-from orcd_batch.sweep.groups import Result, SweepJob, named, run_sweep
+from orcd_batch.job_run import Result, shown_path
+from orcd_batch.sweep.groups import SweepJob, named, run_sweep
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Jobs:
 
     def __init__(self, args: Sequence[str]) -> None:
         self._args = args
+        self._swept: list[str] | None = None
         self._collected: list[_Collected] = []
         self.outcomes: list[Outcome] = []
         self.is_alone = False
@@ -157,12 +158,15 @@ class Jobs:
 
     def _swept_keys(self) -> list[str]:
         """What the multirun varies: on the command line, or in the sweeper's own parameters."""
-        overrides = [a for a in self._args if "=" in a and not a.startswith("-")]
-        hydra: Any = HydraConfig.get()
-        params = OmegaConf.select(hydra, "sweeper.params") or {}
-        overrides += [f"{key}={value}" for key, value in params.items()]
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        return list(dict.fromkeys(o.key_or_group for o in parsed if o.is_sweep_override()))
+        if self._swept is None:
+            overrides = [a for a in self._args if "=" in a and not a.startswith("-")]
+            hydra: Any = HydraConfig.get()
+            params = OmegaConf.select(hydra, "sweeper.params") or {}
+            overrides += [f"{key}={value}" for key, value in params.items()]
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            swept = (o.key_or_group for o in parsed if o.is_sweep_override())
+            self._swept = list(dict.fromkeys(swept))
+        return self._swept
 
     def _swept_values(self) -> dict[str, str]:
         """Those of this job's overrides that the multirun varies."""

@@ -19,6 +19,7 @@ from orcd_batch.data.location import Location, reported_as
 from orcd_batch.errors import ConfigError, InputError, OutputError
 from orcd_batch.reproducibility.hashes import RunHash
 from orcd_batch.reproducibility.run_output import OUTPUT_NAME, RunOutput, find_outputs
+from orcd_batch.reproducibility.run_records import add_output
 from orcd_batch.reproducibility.verify import Comparison, compare
 
 HISTORY_NAME = "baseline.json"
@@ -222,7 +223,6 @@ def output_run_hash(path: str | Path) -> str:
     output = RunOutput(str(path))
     found = RunHash()
     for _, batch in output.batches(_RECORD):
-        for record in zip(*(batch.column(name).to_pylist() for name in _RECORD), strict=True):
-            found.add(*record)
+        add_output(found, batch)
     output.close()
     return found.hexdigest()

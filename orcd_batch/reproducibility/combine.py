@@ -16,7 +16,7 @@ from orcd_batch.data.location import Location, reported_as
 from orcd_batch.data.manifest import encode_manifest
 from orcd_batch.data.parquet_file import ParquetInput
 from orcd_batch.errors import InputError, OutputError
-from orcd_batch.reproducibility.sweep_directory import Sweep, SweepJob, find_sweep
+from orcd_batch.reproducibility.sweep_directory import FinishedJob, Sweep, find_sweep
 
 COMBINED_NAME = "combined.parquet"
 SWEEP_KEY = b"orcd_batch_sweep"
@@ -103,7 +103,7 @@ def _facts(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _job_facts(job: SweepJob) -> dict[str, Any]:
+def _job_facts(job: FinishedJob) -> dict[str, Any]:
     identity = json.dumps(job.manifest.get("identity"), sort_keys=True)
     parquet = ParquetInput(Location.parse(job.output))
     num_rows = parquet.num_rows

@@ -10,7 +10,7 @@ from typing import Any
 from orcd_batch.reproducibility.report_page import render_terminal
 from orcd_batch.reproducibility.report_statistics import RunStatistics, gather
 from orcd_batch.reproducibility.run_output import RunOutput, find_outputs, num_passes
-from orcd_batch.reproducibility.sweep_directory import Sweep, SweepJob, find_sweep, is_sweep
+from orcd_batch.reproducibility.sweep_directory import FinishedJob, Sweep, find_sweep, is_sweep
 from orcd_batch.reproducibility.variants import VariantStatistics, compare_variants
 from orcd_batch.reproducibility.verify import match
 
@@ -170,7 +170,7 @@ def _outputs(path: str) -> list[str]:
     return find_outputs(path)
 
 
-def _summary(output: RunOutput, found: RunStatistics, job: SweepJob | None) -> RunSummary:
+def _summary(output: RunOutput, found: RunStatistics, job: FinishedJob | None) -> RunSummary:
     manifest = output.manifest
     rate = section(manifest, "statistics").get("tokens_per_s")
     return RunSummary(

@@ -18,6 +18,15 @@ def add_batch(run_hash: RunHash, batch: Any) -> None:
     run_hash.add_messages(_messages(batch).to_pylist())
 
 
+def add_output(run_hash: RunHash, batch: Any) -> None:
+    """As `add_batch`, with ids as an output has them: integers or strings."""
+    ids = batch.column("id")
+    is_number = pa.types.is_integer(ids.type)
+    typed = pc.binary_join_element_wise("i" if is_number else "s", ids.cast(pa.string()), "")
+    place = batch.schema.get_field_index("id")
+    add_batch(run_hash, batch.set_column(place, "id", typed))
+
+
 def _messages(batch: Any) -> Any:
     """What each row's record is the hash of, as an Arrow array of bytes."""
     ids = batch.column("id").cast(pa.binary())

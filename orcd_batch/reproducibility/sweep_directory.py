@@ -18,7 +18,7 @@ _NO_PARAMETERS = ("output", "overwrite", "debug")
 
 
 @dataclass(frozen=True, slots=True)
-class SweepJob:
+class FinishedJob:
     """A finished job. job_id: its directory, relative to the sweep's. output: its Parquet file.
 
     parameters: the config fields that differ between the sweep's jobs, by dotted name.
@@ -47,7 +47,7 @@ class Sweep:
 
     directory: Path
     parameters: tuple[str, ...]
-    jobs: list[SweepJob]
+    jobs: list[FinishedJob]
     unfinished: list[UnfinishedJob]
 
 
@@ -83,7 +83,7 @@ def find_sweep(directory: str | Path) -> Sweep:
     unfinished += [UnfinishedJob(None, choice) for choice in sorted(expected - started)]
     parameters = _parameters([manifest for _, _, manifest in finished], list(swept))
     jobs = [
-        SweepJob(job_id, output, _values(manifest, parameters), manifest)
+        FinishedJob(job_id, output, _values(manifest, parameters), manifest)
         for job_id, output, manifest in finished
     ]
     jobs.sort(key=lambda job: ([_sort_key(job.parameters[p]) for p in parameters], job.job_id))

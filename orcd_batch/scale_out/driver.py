@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from orcd_batch.config import JobOptions, SamplingOptions
-from orcd_batch.engine_factory import EngineChoice, choose_engine
+from orcd_batch.engine_factory import EngineChoice
 from orcd_batch.errors import OrcdError, ScaleOutError
-from orcd_batch.reproducibility.environment import environment
+from orcd_batch.provenance import choose_here
 from orcd_batch.scale_out.collector import relax_collector
 from orcd_batch.scale_out.crew import Crew, one_line
 from orcd_batch.scale_out.messages import Assignment
@@ -63,10 +63,10 @@ class ScaleOut:
         """
         kind = self._options.engine.kind
         if self._session is None:
-            return _chosen(kind)
+            return choose_here(kind)
         ray = self._session.ray
         gpus = 0 if kind == "numpy" or not self._session.total("GPU") else self._num_gpus("cuda")
-        probe = ray.remote(_chosen).options(num_cpus=1, num_gpus=gpus, max_retries=0)
+        probe = ray.remote(choose_here).options(num_cpus=1, num_gpus=gpus, max_retries=0)
         asked, timeout_s = probe.remote(kind), self._options.scale_out.start_timeout_s
         deadline = time.monotonic() + timeout_s
         while not ray.wait([asked], timeout=_WAIT_S)[0]:
@@ -203,8 +203,3 @@ class ScaleOut:
             model=replace(options.model, path=path),
             engine=replace(options.engine, kind=choice.kind, num_threads=num_threads),
         )
-
-
-def _chosen(kind: str) -> tuple[EngineChoice, dict[str, Any]]:
-    choice = choose_engine(kind)
-    return choice, environment(choice.kind)

@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-_VARIABLE = "ORCD_BATCH_RAY_SESSION"
+# Marks the processes of a Ray that this program has started, by the directory of its session.
+SESSION_VARIABLE = "ORCD_BATCH_RAY_SESSION"
 # Ray's processes end by themselves after an orderly shutdown.
 _PATIENCE_S = 2.0
 _ATTEMPTS = 5
@@ -20,7 +21,7 @@ _ATTEMPTS = 5
 
 def left_behind(directory: str) -> list[int]:
     """Processes of the session that are still there."""
-    mark = f"{_VARIABLE}={directory}".encode()
+    mark = f"{SESSION_VARIABLE}={directory}".encode()
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:

@@ -15,11 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from orcd_batch.errors import ScaleOutError
+from orcd_batch.scale_out.keeper import SESSION_VARIABLE
 
 log = logging.getLogger(__name__)
-
-# Marks the processes of a Ray that this program has started; see keeper.py.
-SESSION_VARIABLE = "ORCD_BATCH_RAY_SESSION"
 
 # Messages between driver and workers; more than is ever in flight.
 _OBJECT_STORE_BYTES = 512 * 2**20
@@ -45,10 +43,7 @@ def require_ray() -> Any:
 
 
 class RaySession:
-    """A connection to Ray; a context manager that ends it.
-
-    is_local: Ray was started on this machine for this job, and ends with it.
-    """
+    """A connection to Ray; a context manager that ends it."""
 
     def __init__(self, address: str | None, num_cpus: int | None = None) -> None:
         """Joins the cluster at `address`, or with None starts Ray here, with num_cpus CPU slots.
@@ -57,7 +52,6 @@ class RaySession:
         """
         self.ray = require_ray()
         logging.getLogger("ray").setLevel(logging.ERROR)
-        self.is_local = address is None
         self._keeper: subprocess.Popen[bytes] | None = None
         if address is not None:
             _check_reachable(address)

@@ -22,8 +22,7 @@ from orcd_batch.engine_factory import choose_engine
 from orcd_batch.errors import DeviceError, OrcdError
 from orcd_batch.loaded_engine import LoadedEngine, Machinery, Runner
 from orcd_batch.model_source import ModelSource
-from orcd_batch.provenance import job_identity
-from orcd_batch.reproducibility.environment import environment
+from orcd_batch.provenance import choose_here, job_identity
 from orcd_batch.row_runner import JobRow
 from orcd_batch.scale_out.collector import relax_collector
 from orcd_batch.scale_out.messages import Assignment, Failure, Loaded, Reply, Report, unpacked
@@ -138,8 +137,7 @@ class Worker:
     def _report(self) -> Report:
         options = self._assignment.options
         self._source = ModelSource.open(options.model)
-        choice = choose_engine(options.engine.kind)
-        found = environment(choice.kind)
+        choice, found = choose_here(options.engine.kind)
         identity = job_identity(options, self._source, self._assignment.input_hash, choice, found)
         return Report(socket.gethostname(), os.getpid(), identity, found)
 

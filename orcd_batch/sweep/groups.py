@@ -11,10 +11,9 @@ from typing import Any
 from orcd_batch.config import JobOptions
 from orcd_batch.errors import ConfigError, Interrupted, OrcdError
 from orcd_batch.interrupts import INTERRUPTED, Interrupts
+from orcd_batch.job_run import Result, output_of, shown_path
 
 log = logging.getLogger(__name__)
-
-Result = dict[str, Any] | OrcdError
 
 # Jobs of one group hold a lock and a log file open each; a process has some 1,000 files.
 _MAX_GROUP_JOBS = 256
@@ -87,8 +86,6 @@ def _shared_options(options: JobOptions) -> str:
 
 def _sharing_a_place(jobs: Sequence[SweepJob]) -> Iterator[tuple[int, ConfigError]]:
     """Jobs with one directory, or one output, each with its refusal: no order of them is right."""
-    from orcd_batch.job_run import output_of, shown_path
-
     outputs = [output_of(job.options, job.directory) for job in jobs]
     for numbers in _alike([o if "://" in o else os.path.realpath(o) for o in outputs]):
         error = ConfigError(

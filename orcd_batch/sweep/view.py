@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from orcd_batch.errors import Interrupted, OrcdError
-from orcd_batch.sweep.groups import Result, SweepJob
+from orcd_batch.job_run import Result
+from orcd_batch.sweep.groups import SweepJob
 from orcd_batch.view import JobView, log, plain_text
 
 _HASH_DIGITS = 12
