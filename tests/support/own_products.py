@@ -1,9 +1,9 @@
 """A pytest plugin (`-p support.own_products`) that hides cuBLASLt: our kernels do every product.
 
 For compute-sanitizer's racecheck, which reports races inside cuBLAS's kernels and, when told to
-leave them out, brings them to an illegal address. Nor are products timed, and the self-test compares
-them on one input each instead of many: under the tool both take most of the time, any order of them
-is right, and their bits are tested elsewhere.
+leave them out, brings them to an illegal address. Nor are products timed, and the self-test
+compares them on one input each instead of many: under the tool both take most of the time, any
+order of them is right, and their bits are tested elsewhere.
 """
 
 from typing import Any
