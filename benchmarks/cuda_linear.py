@@ -2,7 +2,8 @@
 
 Run on a GPU machine: `python benchmarks/cuda_linear.py [--rows 1,64,256,1024,8192]`. Times are GPU
 times of graph replays with weights taken in turn, so that none is in the L2 cache; the proven
-product and the fastest of all that cuBLASLt offers, split-K included, are timed in turn. The cost
+product and the fastest of all that cuBLASLt offers, split-K included, are timed in turn, with the
+activation behind it for gate and up. The cost
 of a step adds its products up: a decode step of M rows has the output projection, a prefill not.
 Up to 8 rows every time is that of the product and a small kernel before it, as in a step.
 """
@@ -17,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from orcd_batch.backend.cuda.array import FP16, DeviceArray
+from orcd_batch.backend.cuda.candidates import Candidates
 from orcd_batch.backend.cuda.cublas import ANY_REDUCTION, CublasLt
 from orcd_batch.backend.cuda.device import Device
-from orcd_batch.backend.cuda.linear import Bucket, Key, Linear
-from orcd_batch.backend.cuda.product import Output
+from orcd_batch.backend.cuda.product import Key, Output
 from orcd_batch.backend.cuda.program import Kernels
 from orcd_batch.backend.cuda.self_test import Candidate, SelfTest
 from orcd_batch.backend.cuda.workspace import Workspace
@@ -31,7 +32,7 @@ LAYERS = 32
 SHAPES: dict[str, Key] = {
     "attn_qkv": (9216, 3072, Output.FP16),
     "attn_output": (3072, 3072, Output.ADD),
-    "ffn_gate_up": (16384, 3072, Output.FP16),
+    "ffn_gate_up": (16384, 3072, Output.GATED),
     "ffn_down": (3072, 8192, Output.ADD),
     "output": (32064, 3072, Output.FP32),
 }
@@ -46,17 +47,19 @@ def main() -> None:
     rows = [int(text) for text in parser.parse_args().rows.split(",")]
     device = Device()
     kernels = Kernels(device)
-    linear = Linear(device, kernels, Workspace(device))
+    ways = Candidates(device, kernels, Workspace(device))
     library = CublasLt(device)
     print(f"{device.name}, cuBLASLt {library.version}", file=sys.stderr)
     results = []
     for name, key in SHAPES.items():
         weights = random_weights(device, key[0], key[1])
         wanted = [m for m in rows if m <= MOST_LOGITS or key[2] is not Output.FP32]
-        buffer = device.allocate(max(wanted) * key[0] * key[2].dtype.itemsize, "staging")
-        y = DeviceArray(buffer.ptr, (max(wanted), key[0]), key[2].dtype)
-        test = SelfTest(device, kernels, weights, y, key[2])
-        results += [measure(test, linear, library, name, key, m) for m in wanted]
+        n, _, output = key
+        shape = (max(wanted), output.num_columns(n))
+        buffer = device.allocate(shape[0] * shape[1] * output.dtype.itemsize, "staging")
+        y = DeviceArray(buffer.ptr, shape, output.dtype)
+        test = SelfTest(device, kernels, weights, y, output, ways.reference(output))
+        results += [measure(test, ways, library, name, key, m) for m in wanted]
         test.close()
         device.free(buffer)
         device.free_use("weights")
@@ -67,23 +70,25 @@ def main() -> None:
     for step, cost in costs.items():
         print(f"cost of determinism, {step}: {cost:.1%}")
     library.close()
-    linear.close()
+    ways.close()
     device.close()
     print(json.dumps({"products": results, "cost": costs}))
 
 
 def measure(
-    test: SelfTest, linear: Linear, library: CublasLt, name: str, key: Key, num_rows: int
+    test: SelfTest, ways: Candidates, library: CublasLt, name: str, key: Key, num_rows: int
 ) -> dict[str, Any]:
     """One product: the proven choice beside whatever is fastest."""
     n, k, output = key
     started = time.perf_counter()
-    best, record = test.choose(
-        linear.candidates(key, Bucket(num_rows, num_rows)), num_rows, num_rows
-    )
+    best, record = test.choose(ways.offered(key, num_rows), num_rows, num_rows)
     tested_s = time.perf_counter() - started
-    offers = library.offers(num_rows, (n, k), output, ANY_REDUCTION)
-    anything = test.by_time([candidate_of(library, a, output) for a in offers], num_rows)
+    product = Output.FP16 if output is Output.GATED else output
+    offers = library.offers(num_rows, (n, k), product, ANY_REDUCTION)
+    found = [candidate_of(library, algorithm, product) for algorithm in offers]
+    anything = test.by_time(
+        [ways.gated(c) for c in found] if output is Output.GATED else found, num_rows
+    )
     proven = best or Candidate("", "gemm_k16", test.reference)
     seconds, *others = test.times([proven, *anything[:5]], num_rows)
     limit = max(n * k * 2 / READ_BYTES_PER_S, 2 * num_rows * n * k / FLOPS)

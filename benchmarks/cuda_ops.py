@@ -10,11 +10,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
+from orcd_batch.backend.cuda.gated_linear import swiglu
 from orcd_batch.backend.cuda.graph import time_launches
 from orcd_batch.backend.cuda.ops import CudaOps
 from orcd_batch.backend.cuda.placed_batch import PlacedBatch
@@ -113,7 +115,9 @@ class Bench:
         self.free()
         count = min(64, max(2, ROTATION_BYTES // (t * FFN * 4)))
         gates = [self.normal(t, 2 * FFN, dtype=FP16) for _ in range(count)]
-        yield Case(f"swiglu T={t}", t * FFN * 6, lambda i: ops.swiglu(gates[i]), count)
+        y = self.normal(t, FFN, dtype=FP16)
+        run = partial(swiglu, ops.kernels)
+        yield Case(f"swiglu T={t}", t * FFN * 6, lambda i: run(gates[i], y), count)
         self.free()
 
     def rope(self, num_tokens: int) -> Iterator[Case]:

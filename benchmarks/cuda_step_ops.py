@@ -38,10 +38,11 @@ def watch_products(ops: Any, times: OpTimes, shapes: set[tuple[int, ...]]) -> No
     """Times every weight's shape under a name of its own."""
     timed = {
         (name, shape): times.timed(f"{name} {shape[0]} x {shape[1]}", getattr(ops, name))
-        for name in ("linear", "linear_add", "logits")
+        for name in ("linear", "linear_add", "gated_linear", "logits")
         for shape in shapes
     }
     times.watch(ops)
+    ops.gated_linear = lambda x, weight: timed["gated_linear", weight.shape](x, weight)
     ops.linear = lambda x, weight: timed["linear", weight.shape](x, weight)
     ops.linear_add = lambda x, weight, y: timed["linear_add", weight.shape](x, weight, y)
     ops.logits = lambda x, weight: timed["logits", weight.shape](x, weight)

@@ -49,6 +49,60 @@ __device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int c
         : "memory");
 }
 
+// The same, to the same place in the blocks of the cluster that `blocks` has bits for; each one's
+// bytes count for its own barrier at that place.
+__device__ __forceinline__ void copy_box_to_blocks(u32 shared, const TensorMap& map, int column,
+                                                   int row, u32 barrier, int blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+        "l"((u64)&map), "r"(column), "r"(row), "r"(barrier), "h"((u16)blocks)
+        : "memory");
+}
+
+// A box back to device memory, but for what lies beyond the matrix. What this thread stored so is
+// read from shared memory once `wait_for_stores_to_read` returns.
+__device__ __forceinline__ void store_box(const TensorMap& map, int column, int row, u32 shared) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
+                     (u64)&map),
+                 "r"(column), "r"(row), "r"(shared)
+                 : "memory");
+}
+
+__device__ __forceinline__ void commit_stores() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_stores_to_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// --- blocks of a cluster -----------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 block_of_cluster() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of all blocks of the cluster.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile(
+        "barrier.cluster.arrive.release;\n\t"
+        "barrier.cluster.wait.acquire;" ::
+            : "memory");
+}
+
+// At the barrier of another block, or of this one, that lies where `barrier` does here.
+__device__ __forceinline__ void arrive_at_block(u32 barrier, u32 block) {
+    asm volatile(
+        "{\n\t.reg .b32 there;\n\t"
+        "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+
 // --- matrices in shared memory -----------------------------------------------------------------------
 
 template <int SPAN>
@@ -74,6 +128,14 @@ struct Panel {
         return (u64)high << 32 | (low + (offset >> 4));
     }
 };
+
+// Four 8 x 8 fp16 matrices into shared memory; lane l gives the row address of matrix l / 8, row
+// l % 8, and holds of each matrix what mma_k16 would leave there.
+__device__ __forceinline__ void store_matrix_x4(u32 address, const u32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
 
 // --- products of a warpgroup ---------------------------------------------------------------------------
 
@@ -152,3 +214,33 @@ DEFINE_MULTIPLY(80, 40, 41, 42, 43, 44, 45, 46)
 DEFINE_MULTIPLY(96, 48, 49, 50, 51, 52, 53, 54)
 DEFINE_MULTIPLY(112, 56, 57, 58, 59, 60, 61, 62)
 DEFINE_MULTIPLY(128, 64, 65, 66, 67, 68, 69, 70)
+
+// More columns, and a from shared memory like b, its 64 rows those of c.
+#define C_144 C_128 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define C_160 C_144 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define C_176 C_160 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define C_192 C_176 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define C_208 C_192 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define C_224 C_208 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define C_240 C_224 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define C_256 C_240 ",%120,%121,%122,%123,%124,%125,%126,%127"
+#define TILES_144 TILES_128, TILE_OF_C(16), TILE_OF_C(17)
+#define TILES_160 TILES_144, TILE_OF_C(18), TILE_OF_C(19)
+#define TILES_176 TILES_160, TILE_OF_C(20), TILE_OF_C(21)
+#define TILES_192 TILES_176, TILE_OF_C(22), TILE_OF_C(23)
+#define TILES_208 TILES_192, TILE_OF_C(24), TILE_OF_C(25)
+#define TILES_224 TILES_208, TILE_OF_C(26), TILE_OF_C(27)
+#define TILES_240 TILES_224, TILE_OF_C(28), TILE_OF_C(29)
+#define TILES_256 TILES_240, TILE_OF_C(30), TILE_OF_C(31)
+
+#define DEFINE_MULTIPLY_SHARED(N, A, B, ADD)                                                       \
+    __device__ __forceinline__ void multiply_shared(float (&c)[N / 8][4], u64 a, u64 b, int add) { \
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #ADD ", 0;\n\t"                     \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" C_##N "}, %" #A    \
+                     ", %" #B ", p, 1, 1, 0, 0;\n\t}"                                              \
+                     : TILES_##N                                                                   \
+                     : "l"(a), "l"(b), "r"(add));                                                  \
+    }
+DEFINE_MULTIPLY_SHARED(64, 32, 33, 34)
+DEFINE_MULTIPLY_SHARED(128, 64, 65, 66)
+DEFINE_MULTIPLY_SHARED(256, 128, 129, 130)

@@ -11,18 +11,10 @@
 // compile:   INTERMEDIATE=8192 THREADS=256
 // spills:    none
 
+#include "gated.cuh"
+
 static_assert(INTERMEDIATE % 8 == 0, "whole vectors of eight columns");
 constexpr int UNITS = INTERMEDIATE / 8;
-constexpr float MINUS_LOG2_E = -1.4426950408889634f;
-
-__device__ __forceinline__ float gated(float gate, float up) {
-    const float e = exp2_hardware(__fmul_rn(gate, MINUS_LOG2_E));
-    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, e)), up);
-}
-
-__device__ __forceinline__ u32 gated_two(u32 gate, u32 up) {
-    return to_f16x2(gated(low_f32(gate), low_f32(up)), gated(high_f32(gate), high_f32(up)));
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     swiglu(const f16* __restrict__ gate_up, f16* __restrict__ y, int num_tokens) {
@@ -33,6 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const uint4* row = (const uint4*)gate_up + unit / UNITS * 2 * UNITS;
     const uint4 gate = row[unit % UNITS];
     const uint4 up = row[UNITS + unit % UNITS];
-    ((uint4*)y)[unit] = make_uint4(gated_two(gate.x, up.x), gated_two(gate.y, up.y),
-                                   gated_two(gate.z, up.z), gated_two(gate.w, up.w));
+    u32 out[4];
+    gate_words({gate.x, gate.y, gate.z, gate.w}, {up.x, up.y, up.z, up.w}, out);
+    ((uint4*)y)[unit] = make_uint4(out[0], out[1], out[2], out[3]);
 }

@@ -17,6 +17,7 @@ from orcd_batch.backend.cuda.attention import (
     prefill_shape,
     wgmma_prefill_shape,
 )
+from orcd_batch.backend.cuda.gated_linear import swiglu
 from orcd_batch.backend.cuda.kernels import ForwardKernels
 from orcd_batch.backend.cuda.plan import ModelShape
 from orcd_batch.backend.cuda.sampling import Sampling
@@ -105,7 +106,7 @@ def test_every_model_size_is_checked_before_a_kernel_is_compiled() -> None:
     with pytest.raises(DeviceError, match="hidden size is 100"):
         kernels.rms_norm(odd, odd, 1e-5)
     with pytest.raises(DeviceError, match="FFN size is 50"):
-        kernels.swiglu(odd)
+        swiglu(kernels, odd, DeviceArray(0, (3, 50), np.dtype(np.float16)))  # type: ignore[arg-type]
 
 
 def test_the_work_space_grows_with_tokens_sequences_and_context() -> None:

@@ -42,7 +42,8 @@ def test_under_debug_every_op_is_timed_and_no_bit_changes(tmp_path: Path) -> Non
     assert list(tables[1]) == list(TIMED_OPS)
     steps = tables[1]["sample"]["calls"]
     assert tables[1]["attention"]["calls"] == 2 * steps
-    assert tables[1]["linear"]["calls"] == tables[1]["linear_add"]["calls"] == 2 * 2 * steps
+    assert tables[1]["linear"]["calls"] == tables[1]["gated_linear"]["calls"] == 2 * steps
+    assert tables[1]["linear_add"]["calls"] == 2 * 2 * steps
     assert tables[1]["logits"]["calls"] == steps
 
 

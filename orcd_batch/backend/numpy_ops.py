@@ -181,15 +181,8 @@ class NumpyOps:
             )
         return attention(q, cache, batch.groups[key], self._workers)
 
-    def swiglu(self, gate_up: Floats) -> Floats:
-        size = gate_up.shape[1] // 2
-        gate, up = gate_up[:, :size], gate_up[:, size:]
-        with np.errstate(all="ignore"):
-            out = np.exp(-gate)
-            out += np.float32(1.0)
-            np.divide(gate, out, out=out)
-            out *= up
-        return out
+    def gated_linear(self, x: Floats, weight: PanelWeight) -> Floats:
+        return swiglu(linear(x, weight, self._workers))
 
     def take_rows(self, x: Floats, rows: Ints) -> Floats:
         return x[rows]
@@ -254,6 +247,18 @@ class NumpyOps:
         if key not in self._tile_tokens:
             self._tile_tokens[key] = choose_tile_tokens(group_size, head_dim)
         return self._tile_tokens[key]
+
+
+def swiglu(gate_up: Floats) -> Floats:
+    """(T, 2F), gate first -> (T, F): silu(gate) * up."""
+    size = gate_up.shape[1] // 2
+    gate, up = gate_up[:, :size], gate_up[:, size:]
+    with np.errstate(all="ignore"):
+        out = np.exp(-gate)
+        out += np.float32(1.0)
+        np.divide(gate, out, out=out)
+        out *= up
+    return out
 
 
 def _load_task(part: TensorPart, target: Floats, first: int, last: int) -> Task:

@@ -6,7 +6,7 @@ from typing import Any
 
 TIMED_OPS = (
     *("place", "embedding", "rms_norm", "linear", "linear_add", "rope_and_cache", "attention"),
-    *("swiglu", "take_rows", "logits", "sample"),
+    *("gated_linear", "take_rows", "logits", "sample"),
 )
 
 # Op -> calls, seconds in all, and microseconds per call.

@@ -198,8 +198,8 @@ class Ops(Protocol):
         """(T, H, D) -> (T, H * D): causal softmax(q k / sqrt(D)) v over the paged cache."""
         ...
 
-    def swiglu(self, gate_up: Array) -> Array:
-        """(T, 2F), gate first -> (T, F): silu(gate) * up."""
+    def gated_linear(self, x: Array, weight: Array) -> Array:
+        """(T, K), (2F, K), gate rows first -> (T, F): silu(x @ gate.T) * (x @ up.T)."""
         ...
 
     def take_rows(self, x: Array, rows: Array) -> Array:

@@ -41,6 +41,6 @@ def hidden_states(
         if rows is not None and layer is weights.layers[-1]:
             x, attended = ops.take_rows(x, rows), ops.take_rows(attended, rows)
         ops.linear_add(attended, layer.attn_output, x)
-        gate_up = ops.linear(ops.rms_norm(x, layer.ffn_norm, eps), layer.ffn_gate_up)
-        ops.linear_add(ops.swiglu(gate_up), layer.ffn_down, x)
+        gated = ops.gated_linear(ops.rms_norm(x, layer.ffn_norm, eps), layer.ffn_gate_up)
+        ops.linear_add(gated, layer.ffn_down, x)
     return ops.rms_norm(x, weights.output_norm, eps)

@@ -11,6 +11,10 @@ from support.gguf_factory import write_model
 
 from orcd_batch import SamplingParams
 from orcd_batch.backend.cuda import attention
+from orcd_batch.backend.cuda.gated_linear import gated_linear, gated_tiles, swiglu
+from orcd_batch.backend.cuda.gemm_k16 import gemm_k16
+from orcd_batch.backend.cuda.ops import CudaOps
+from orcd_batch.backend.cuda.product import Output
 from orcd_batch.backend.cuda.program import Kernels, kernel_dir
 from orcd_batch.checkpoint import GGUFFile, read_model_config
 from orcd_batch.config import EngineOptions
@@ -37,7 +41,7 @@ Bits = dict[object, tuple[list[int], list[int]]]
 
 @dataclass(slots=True)
 class Launched:
-    """Kernels that the tests of this file have asked for in this process, and their models."""
+    """Kernels that the tests of this file have asked for in this process, and what ran."""
 
     kernels: set[str] = field(default_factory=set)
     models: set[str] = field(default_factory=set)
@@ -103,8 +107,27 @@ def test_a_short_job_has_its_bits_whatever_kernels_compute_it(
     launched.models.add(architecture)
 
 
+@pytest.mark.parametrize("num_rows", [5, 130])
+def test_both_ways_to_gate_have_the_same_bits(launched: Launched, num_rows: int) -> None:
+    """Which of them a job takes is decided by time."""
+    ops = CudaOps()
+    rng = np.random.default_rng(num_rows)
+    shapes = ((num_rows, 192), (2 * 136, 192))
+    x, weight = ops.staging.place("operands", [rng.random(s).astype(np.float16) for s in shapes])
+    gate_up = ops.workspace.take("gate_up", (num_rows, 2 * 136), weight.dtype)
+    expected = ops.workspace.take("expected", (num_rows, 136), weight.dtype)
+    gemm_k16(ops.kernels, x, weight, gate_up, Output.FP16)
+    swiglu(ops.kernels, gate_up, expected)
+    for tile in gated_tiles(ops.device, weight.shape, num_rows):
+        y = ops.workspace.take("gated", expected.shape, weight.dtype)
+        gated_linear(ops.kernels, tile, x, weight, y)
+        np.testing.assert_array_equal(ops.to_host(y), ops.to_host(expected))
+    ops.close()
+    launched.models.add("gated")
+
+
 def test_no_kernel_was_left_out(launched: Launched) -> None:
-    if launched.models != set(MODELS):
-        pytest.skip("the models above did not all run in this process")
+    if launched.models != {*MODELS, "gated"}:
+        pytest.skip("the tests above did not all run in this process")
     kernels = {path.stem for path in kernel_dir().glob("*.cu")} - SELF_TEST_KERNELS
     assert kernels - launched.kernels == set()

@@ -22,18 +22,18 @@ FAULTY_RUN = """
 import sys
 from cuda.core import LaunchConfig, Program, ProgramOptions, launch
 from orcd_batch import cli
-from orcd_batch.backend.cuda.kernels import ForwardKernels
+from orcd_batch.backend.cuda.ops import CudaOps
 
-swiglu = ForwardKernels.swiglu
+gated_linear = CudaOps.gated_linear
 
-def faulty(self, gate_up):
+def faulty(self, x, weight):
     source = 'extern "C" __global__ void fault(int* nowhere) { *nowhere = 1; }'
     program = Program(source, "c++", ProgramOptions(arch=self.device.arch))
     kernel = program.compile("cubin").get_kernel("fault")
     launch(self.device.stream, LaunchConfig(grid=1, block=1), kernel, 16)
-    return swiglu(self, gate_up)
+    return gated_linear(self, x, weight)
 
-ForwardKernels.swiglu = faulty
+CudaOps.gated_linear = faulty
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -109,5 +109,6 @@ def test_under_debug_every_op_is_timed_and_no_bit_changes(tmp_path: Path) -> Non
     assert found[0] == found[1]
     assert tables[0] is None
     assert set(tables[1]) == {*TIMED_OPS} - {"place"}
-    assert tables[1]["linear"]["calls"] > tables[1]["attention"]["calls"] > 20
+    calls = {op: row["calls"] for op, row in tables[1].items()}
+    assert calls["linear"] == calls["attention"] == calls["gated_linear"] > 20
     assert all(row["seconds"] > 0 for row in tables[1].values())

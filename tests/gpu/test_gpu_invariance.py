@@ -29,9 +29,14 @@ def normal(seed: int, *shape: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def gated_linear(ops: Any, x: NDArray[np.float16]) -> Any:
+    weight = (normal(3, 144, x.shape[1]) * 0.1).astype(np.float16)
+    return ops.gated_linear(put(ops, "x16", x), put(ops, "gate_up", weight))
+
+
 ROW_OPS = {
     "rms_norm": lambda ops, x, w: ops.rms_norm(x, w, 1e-5),
-    "swiglu": lambda ops, x, w: ops.swiglu(put(ops, "h", ops.to_host(x).astype(np.float16))),
+    "gated_linear": lambda ops, x, w: gated_linear(ops, ops.to_host(x).astype(np.float16)),
 }
 
 

@@ -109,6 +109,38 @@ def test_the_product_for_few_rows_has_the_bits_of_gemm_k16(
         np.testing.assert_array_equal(found[0], found[1])
 
 
+# (F, K): a part of a tile, a tile and a bit, models for tests, SmolLM2, Qwen2.5-0.5B, Phi-3-mini.
+GATED_SHAPES = [(72, 64), (136, 200), (256, 128), (1536, 576), (4864, 896), (8192, 3072)]
+
+
+@pytest.mark.parametrize(("size", "k"), GATED_SHAPES)
+def test_every_way_to_gate_has_the_bits_of_gemm_k16_and_swiglu(ops: Any, size: int, k: int) -> None:
+    from orcd_batch.backend.cuda.array import FP16
+    from orcd_batch.backend.cuda.gated_linear import TILES, gated_linear, swiglu
+    from orcd_batch.backend.cuda.gemm_k16 import gemm_k16
+    from orcd_batch.backend.cuda.product import Output
+
+    x, w = operands(300, 2 * size, k)
+    x[5] *= 60_000  # rows 5 and 70 overflow, alone
+    x[70, 0] = np.inf
+    weight = put_weight(ops, w)
+    tiles = TILES if ops.device.compute_capability == (9, 0) else ()
+    for rows in (1, 8, 63, 64, 65, 128, 129, 300):
+        placed = place(ops, x[:rows])
+        gate_up = ops.workspace.take("linear_test_gate_up", (rows, 2 * size), FP16)
+        y = ops.workspace.take("linear_test_gated", (rows, size), FP16)
+        gemm_k16(ops.kernels, placed, weight, gate_up, Output.FP16)
+        swiglu(ops.kernels, gate_up, y)
+        expected = ops.staging.fetch(y).view(np.uint16)
+        assert np.isfinite(expected[: min(rows, 5)].view(np.float16)).all()
+        for tile in tiles:
+            ops.device.fill(y.ptr, y.nbytes, 0xFE)
+            gated_linear(ops.kernels, tile, placed, weight, y)
+            np.testing.assert_array_equal(ops.staging.fetch(y).view(np.uint16), expected)
+        chosen = ops.staging.fetch(ops.gated_linear(placed, weight))
+        np.testing.assert_array_equal(chosen.view(np.uint16), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 100])
 def test_an_output_beyond_fp16_is_infinite_and_its_neighbours_are_not(ops: Any, rows: int) -> None:
     x, w = operands(rows, 576, 1536)
@@ -124,13 +156,16 @@ def test_nothing_of_split_k_or_algorithm_16_is_in_use(ops: Any) -> None:
     for w_shape in SHAPES[-2:]:
         x, w = operands(4, *w_shape)
         run_linear(ops, x, put_weight(ops, w))
+        ops.gated_linear(place(ops, x), put_weight(ops, w))
     records = ops.manifest()["linear"]["shapes"]
     algorithms = [record["algorithm"] for record in records.values()]
     assert algorithms
     for algorithm in algorithms:
-        assert algorithm in ("gemm_k16", "few_rows") or (
-            algorithm["SPLITK_NUM"] <= 1 and algorithm["ID"] != 16
-        )
+        if isinstance(algorithm, str):
+            assert algorithm.split()[0] in ("gemm_k16", "few_rows", "gated_linear_sm90a")
+        else:
+            assert algorithm["SPLITK_NUM"] <= 1
+            assert algorithm["ID"] != 16
 
 
 @pytest.mark.parametrize("output", ["FP32", "FP16", "ADD"])

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from support.attention_problem import AttentionProblem, attention_problem
 
-from orcd_batch.backend.numpy_ops import NumpyOps
+from orcd_batch.backend.numpy_ops import NumpyOps, swiglu
 from orcd_batch.backend.numpy_sampler import sample_row
-from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, SampleBatch, Sampled
+from orcd_batch.backend.ops import BLOCK_SIZE, Batch, KVCache, SampleBatch, Sampled, TensorPart
 from orcd_batch.errors import DeviceError
 
 Floats = NDArray[np.float32]
@@ -250,26 +250,74 @@ def test_a_head_dim_the_kernel_does_not_have_is_refused(ops: Any) -> None:
         run_attention(ops, problem)
 
 
+def run_swiglu(ops: Any, gate_up: NDArray[np.float16]) -> Floats:
+    from orcd_batch.backend.cuda.array import FP16
+    from orcd_batch.backend.cuda.gated_linear import swiglu as queue_swiglu
+
+    y = ops.workspace.take("test_gated", (len(gate_up), gate_up.shape[1] // 2), FP16)
+    queue_swiglu(ops.kernels, put(ops, "gate_up", gate_up), y)
+    return ops.to_host(y)
+
+
+@pytest.mark.parametrize(("size", "k"), [(8, 8), (72, 64), (1536, 576), (4864, 896)])
+@pytest.mark.parametrize("num_tokens", [1, 3, 70, 300])
+def test_gated_linear_is_the_twins_activation_of_the_rounded_product(
+    ops: Any, size: int, k: int, num_tokens: int
+) -> None:
+    x = put(ops, "x", normal([29, k], num_tokens, k).astype(np.float16))
+    weight = put(ops, "w", (normal([30, k], 2 * size, k) * 0.1).astype(np.float16))
+    product = ops.to_host(ops.linear(x, weight))
+    assert_rounded(ops.to_host(ops.gated_linear(x, weight)), swiglu(product), ulps=1.02)
+
+
 @pytest.mark.parametrize("size", [8, 64, 192, 1536, 4864, 8192])
 @pytest.mark.parametrize("num_tokens", [1, 3, 70])
-def test_swiglu_is_the_twins_rounded(ops: Any, twin: NumpyOps, size: int, num_tokens: int) -> None:
+def test_swiglu_is_the_twins_rounded(ops: Any, size: int, num_tokens: int) -> None:
     gate_up = normal([11, size], num_tokens, 2 * size) * 4
     edges = np.array([0.0, -0.0, 90.0, -90.0, 200.0, -200.0, 1e-30, -1e4], np.float32)
     gate_up[0, :8] = edges
     halves = gate_up.astype(np.float16)
-    y = ops.to_host(ops.swiglu(put(ops, "gate_up", halves)))
-    assert_rounded(y, twin.swiglu(halves.astype(np.float32)), ulps=1.02)
+    assert_rounded(run_swiglu(ops, halves), swiglu(halves.astype(np.float32)), ulps=1.02)
 
 
 @pytest.mark.parametrize(("gate", "up"), [(np.inf, 0), (-np.inf, 1), (1, -np.inf), (-90, np.inf)])
 def test_swiglu_never_makes_an_overflow_finite(ops: Any, gate: float, up: float) -> None:
     gate_up = normal([28], 3, 64).astype(np.float16)
-    expected = ops.to_host(ops.swiglu(put(ops, "gate_up", gate_up)))
+    expected = run_swiglu(ops, gate_up)
     gate_up[1, 7], gate_up[1, 39] = gate, up
-    y = ops.to_host(ops.swiglu(put(ops, "gate_up", gate_up)))
+    y = run_swiglu(ops, gate_up)
     assert not np.isfinite(y[1, 7])
     y[1, 7] = expected[1, 7]
     np.testing.assert_array_equal(y, expected)
+
+
+def test_every_gate_has_the_bits_of_the_plain_division(ops: Any) -> None:
+    """gated.cuh divides near gates without the compiler's branches."""
+    from cuda.core import LaunchConfig, Program, ProgramOptions, launch
+
+    from orcd_batch.backend.cuda.program import kernel_source
+
+    source = (
+        kernel_source("swiglu")
+        + """
+    extern "C" __global__ void compare(u16* plain, u16* branchless, u32 up) {
+        const u32 gate = blockIdx.x * blockDim.x + threadIdx.x;
+        u32 y[1];
+        gate_words({gate | gate << 16}, {up | up << 16}, y);
+        plain[gate] = gated_two(gate, up);
+        branchless[gate] = y[0] >> 16;
+    }"""
+    )
+    macros = [("INTERMEDIATE", "64"), ("THREADS", "256")]
+    options = ProgramOptions(arch=ops.device.arch, std="c++17", define_macro=macros)
+    kernel = Program(source, "c++", options).compile("cubin").get_kernel("compare")
+    found = [ops.workspace.take(f"gates_{i}", (1 << 16,), np.dtype(np.float16)) for i in range(2)]
+    config = LaunchConfig(grid=256, block=256)
+    for up in np.array([1, -1, 1 / 3, 60_000, 2**-24, 0, np.inf, np.nan], np.float16):
+        addresses = [array.ptr for array in found]
+        launch(ops.device.stream, config, kernel, *addresses, up.view(np.uint16).astype(np.uint32))
+        plain, branchless = (ops.staging.fetch(array).view(np.uint16) for array in found)
+        np.testing.assert_array_equal(branchless, plain)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -434,20 +482,23 @@ def test_the_reserved_work_space_serves_the_largest_step() -> None:
             put(ops, "qkv", normal([23], tokens, 384).astype(np.float16)),
             put(ops, "t", normal([24], 701, 32)),
         )
-        gate_up = put(ops, "gate_up", normal([25], tokens, 1024).astype(np.float16))
+        values = normal([28], 1024, 256).view(np.uint8).reshape(-1)
+        gate_up = TensorPart("ffn_gate_up.weight", values, "F32", (1024, 256))
+        wide = put(ops, "wide", normal([25], tokens, 1024).astype(np.float16))
         logits = put(ops, "logits", normal([26], rows, vocab_size))
         embedding = put(ops, "embedding", normal([27], 50, 256).astype(np.float16))
         cache = KVCache(put(ops, "keys", problem.keys), put(ops, "values", problem.values))
+        gate_up_weight = ops.load_linear([gate_up])
         ops.prepare(ModelShape(1, 256, 512, 8, 2, 32, vocab_size, length), tokens, rows)
         placed = ops.place(batch)
         ops.embedding(placed.token_ids, embedding)
         q = ops.rope_and_cache(qkv, None, table, cache, placed)
         ops.attention(q, cache, placed, 0)
-        ops.swiglu(gate_up)
         normed = ops.rms_norm(x, weight, 1e-5)
+        assert ops.gated_linear(normed, gate_up_weight).shape == (tokens, 512)
         assert ops.take_rows(normed, placed.logits_rows).shape == (rows, 256)
         assert len(sample(ops, logits, sampling).token_ids) == rows
         with pytest.raises(DeviceError, match="max_num_batched_tokens"):
-            ops.rms_norm(gate_up, weight, 1e-5)
+            ops.rms_norm(wide, weight, 1e-5)
     finally:
         ops.close()

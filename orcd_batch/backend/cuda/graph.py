@@ -1,5 +1,6 @@
 """Work captured once from the device's stream and replayed as one launch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,18 +50,36 @@ class Graph:
 def time_launches(device: Device, record: Callable[[], None]) -> float:
     """Seconds that the queued work takes on the GPU, without launch gaps: the faster of two
     replays of a graph of it."""
-    from cuda.core import EventOptions
-
     graph = Graph(device, record)
     try:
         graph.launch()
-        times: list[float] = []
-        for _ in range(2):
-            start = device.stream.record(options=EventOptions(timing_enabled=True))
-            graph.launch()
-            end = device.stream.record(options=EventOptions(timing_enabled=True))
-            end.sync()
-            times.append((end - start) / 1e3)
+        return min(_time_replays(device, graph, 1) for _ in range(2))
     finally:
         graph.close()
-    return min(times)
+
+
+def time_lasting(
+    device: Device, record: Callable[[], None], settle_s: float, measured_s: float
+) -> float:
+    """Seconds that the queued work takes on the GPU where it goes on: the mean over measured_s of
+    replays that follow each other, after settle_s of them."""
+    graph = Graph(device, record)
+    try:
+        graph.launch()
+        once = _time_replays(device, graph, 1)
+        for _ in range(math.ceil(settle_s / once)):
+            graph.launch()
+        return _time_replays(device, graph, math.ceil(measured_s / once))
+    finally:
+        graph.close()
+
+
+def _time_replays(device: Device, graph: Graph, count: int) -> float:
+    from cuda.core import EventOptions
+
+    start = device.stream.record(options=EventOptions(timing_enabled=True))
+    for _ in range(count):
+        graph.launch()
+    end = device.stream.record(options=EventOptions(timing_enabled=True))
+    end.sync()
+    return float(end - start) / 1e3 / count

@@ -64,7 +64,6 @@ class ForwardKernels:
             "q": max_tokens * heads * FP16_BYTES,
             "attention": max_tokens * heads * FP16_BYTES,
             "attention_partials": decode.partial_floats(max_seqs, max_blocks) * FP32_BYTES,
-            "swiglu": max_tokens * shape.intermediate_size * FP16_BYTES,
             _rows_buffer(FP32): max_seqs * shape.hidden_size * FP32_BYTES,
             _rows_buffer(FP16): max_seqs * max(heads, shape.hidden_size) * FP16_BYTES,
             **Sampling.buffers(shape.vocab_size, shape.max_model_len, max_seqs),
@@ -159,15 +158,6 @@ class ForwardKernels:
                 grid = (row_blocks, num_kv_heads)
                 self._attend(prefill, grid, (q, cache.keys, cache.values, *tail))
         return out
-
-    def swiglu(self, gate_up: DeviceArray) -> DeviceArray:
-        """(T, 2F) fp16, gate first -> (T, F) fp16."""
-        num_tokens, size = gate_up.shape[0], _vectorized("FFN size", gate_up.shape[1] // 2)
-        y = self.workspace.take("swiglu", (num_tokens, size), FP16)
-        grid = -(-num_tokens * (size // VECTOR) // ELEMENTWISE_THREADS)
-        defines = {"INTERMEDIATE": size, "THREADS": ELEMENTWISE_THREADS}
-        self._run("swiglu", defines, grid, ELEMENTWISE_THREADS, (gate_up, y, int32(num_tokens)))
-        return y
 
     def take_rows(self, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
         """(T, C), (R,) -> (R, C), of any type whose rows are whole 16-byte vectors."""

@@ -10,17 +10,15 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from orcd_batch.backend.cuda.array import DeviceArray
 from orcd_batch.backend.cuda.cache import cache_dir, read_json, write_json
-from orcd_batch.backend.cuda.cublas import Algorithm, CublasLt
+from orcd_batch.backend.cuda.candidates import Candidates, buffer_name
 from orcd_batch.backend.cuda.device import Device
-from orcd_batch.backend.cuda.few_rows import few_rows, few_rows_shape
-from orcd_batch.backend.cuda.gemm_k16 import gemm_k16
+from orcd_batch.backend.cuda.gated_linear import TILES
 from orcd_batch.backend.cuda.plan import FP32_BYTES, ModelShape
-from orcd_batch.backend.cuda.product import Output
+from orcd_batch.backend.cuda.product import Key, Output
 from orcd_batch.backend.cuda.program import Kernels, kernel_source
 from orcd_batch.backend.cuda.self_test import Candidate, SelfTest
 from orcd_batch.backend.cuda.workspace import Workspace
@@ -35,11 +33,8 @@ BUCKETS = (
 # Timing goes through this many bytes of weights, more than any L2 cache holds.
 _ROTATION_BYTES = 256 << 20
 
-# The code of kernels/few_rows.cu among those of cuBLASLt's algorithms.
-_FEW_ROWS = "few_rows"
-
-# N, K and what the product leaves.
-Key = tuple[int, int, Output]
+# Kernels whose source a stored choice depends on.
+_KERNELS = ("gemm_k16", "few_rows", "gated_linear_sm90a", "swiglu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +73,24 @@ class Linear:
         self._chosen: dict[tuple[Key, Bucket], Candidate | None] = {}
         self._buckets: dict[Key, tuple[Bucket, ...]] = {}
         self._records: dict[str, dict[str, Any]] = {}
-        self._library: CublasLt | None = None
-        self._missing: str | None = None
-        try:
-            self._library = CublasLt(device)
-        except DeviceError as error:
-            self._missing = str(error)
+        self._candidates = Candidates(device, kernels, workspace)
         self._path = cache_dir("linear") / f"{self._identity()}.json"
         self._stored: dict[str, Any] = read_json(self._path)
 
     def __call__(
         self, x: DeviceArray, weight: DeviceArray, output: Output = Output.FP16
     ) -> DeviceArray:
-        """(M, K) fp16, (N, K) fp16 -> (M, N), fp16 or fp32, in the work buffer of that N and type.
+        """(M, K) fp16, (N, K) fp16 -> (M, N), fp16 or fp32, in the work buffer of that N and type;
+        (M, N / 2) where it is gated.
 
         Raises ValueError for Output.ADD, which is `add`'s.
         """
         if output is Output.ADD:
             raise ValueError("a product that is added to something goes through `add`")
-        shape = (x.shape[0], weight.shape[0])
+        n = weight.shape[0]
+        shape = (x.shape[0], output.num_columns(n))
         candidate = self._candidate(x, weight, output)
-        y = self._workspace.take(_buffer(shape[1], output), shape, output.dtype)
+        y = self._workspace.take(buffer_name(n, output), shape, output.dtype)
         self._run(candidate, x, weight, y, output)
         return y
 
@@ -123,39 +115,34 @@ class Linear:
                 self._choose(key, self._buckets[key])
 
     def buffers(self, shape: ModelShape, max_tokens: int, max_seqs: int) -> dict[str, int]:
-        """Work buffers and their bytes at the largest step."""
+        """Work buffers and their bytes at the largest step.
+
+        What is gated has one for the product before, whatever will be chosen: the memory plan
+        depends on no timing.
+        """
         sizes = {}
         for (n, _), output in _products(shape):
-            if output is not Output.ADD:
-                rows = max_seqs if output is Output.FP32 else max_tokens
-                sizes[_buffer(n, output)] = rows * n * output.dtype.itemsize
+            rows = max_seqs if output is Output.FP32 else max_tokens
+            kept = [output] if output is not Output.ADD else []
+            for left in [*kept, Output.FP16] if output is Output.GATED else kept:
+                sizes[buffer_name(n, left)] = rows * left.num_columns(n) * left.dtype.itemsize
         return sizes
 
     def candidates(self, key: Key, bucket: Bucket) -> list[Candidate]:
-        """What the self-test chooses among: our own product, and cuBLASLt's without split-K."""
-        n, k, output = key
-        found = []
-        if few_rows_shape(self._device, (n, k), bucket.most):
-            found.append(self._restored(key, bucket, _FEW_ROWS, _FEW_ROWS))
-        if self._library is not None:
-            found += [
-                self._restored(key, bucket, algorithm.code, algorithm.config)
-                for algorithm in self._library.candidates(bucket.most, (n, k), output)
-            ]
-        return found
+        """What the self-test chooses among: our own products, and cuBLASLt's without split-K."""
+        return self._candidates.offered(key, bucket.most)
 
     def manifest(self) -> dict[str, Any]:
         """cuBLASLt's version; for each N, K and bucket of M in use, what the self-test found."""
         return {
-            "cublaslt": self._library.version if self._library else self._missing,
+            "cublaslt": self._candidates.missing or self._candidates.library_version,
             "reference": "gemm_k16",
             "shapes": dict(sorted(self._records.items())),
         }
 
     def close(self) -> None:
         """Destroys the library handle. Safe to call twice."""
-        if self._library is not None:
-            self._library.close()
+        self._candidates.close()
         self._weights.clear()
 
     def _candidate(self, x: DeviceArray, weight: DeviceArray, output: Output) -> Candidate | None:
@@ -180,10 +167,8 @@ class Linear:
     ) -> None:
         if x.shape[0] == 0:
             return
-        if candidate is None:
-            gemm_k16(self._kernels, x, weight, y, output)
-        else:
-            candidate.run(x, weight, y)
+        run = candidate.run if candidate else self._candidates.reference(output)
+        run(x, weight, y)
 
     def _choose(self, key: Key, buckets: Sequence[Bucket]) -> None:
         missing = [bucket for bucket in buckets if not self._recall(key, bucket)]
@@ -192,7 +177,8 @@ class Linear:
         n, k, output = key
         with self._test_output(missing[-1].most, n, output) as y:
             weights = self._weights[n, k]
-            test = SelfTest(self._device, self._kernels, weights, y, output)
+            reference = self._candidates.reference(output)
+            test = SelfTest(self._device, self._kernels, weights, y, output, reference)
             try:
                 for bucket in missing:
                     candidates = self.candidates(key, bucket)
@@ -208,26 +194,14 @@ class Linear:
     def _test_output(self, num_rows: int, n: int, output: Output) -> Iterator[DeviceArray]:
         """Somewhere for the self-test to write; what a product is added to holds a step's data."""
         if output is not Output.ADD:
-            yield self._workspace.take(_buffer(n, output), (num_rows, n), output.dtype)
+            shape = (num_rows, output.num_columns(n))
+            yield self._workspace.take(buffer_name(n, output), shape, output.dtype)
             return
         buffer = self._device.allocate(num_rows * n * FP32_BYTES, "staging")
         try:
             yield DeviceArray(buffer.ptr, (num_rows, n), output.dtype)
         finally:
             self._device.free(buffer)
-
-    def _restored(self, key: Key, bucket: Bucket, code: str, config: Any) -> Candidate:
-        """The candidate that a code stands for."""
-        n, k, output = key
-        if code == _FEW_ROWS:
-            layout = few_rows_shape(self._device, (n, k), bucket.most)
-            assert layout is not None, "few_rows was chosen where it cannot run"
-            run = partial(few_rows, self._kernels, layout, output=output)
-            return Candidate(code, config, run)
-        assert self._library is not None, "an algorithm of a library that is missing was chosen"
-        return Candidate(
-            code, config, partial(self._library.run, Algorithm(code, config), output=output)
-        )
 
     def _recall(self, key: Key, bucket: Bucket) -> bool:
         if (key, bucket) in self._chosen:
@@ -236,7 +210,9 @@ class Linear:
         if not isinstance(stored, dict) or not {"code", "record"} <= stored.keys():
             return False
         code, record = stored["code"], stored["record"]
-        found = self._restored(key, bucket, code, record["algorithm"]) if code else None
+        found = (
+            self._candidates.restored(key, bucket.most, code, record["algorithm"]) if code else None
+        )
         self._remember(key, bucket, found, record)
         return True
 
@@ -247,11 +223,10 @@ class Linear:
         self._records[_name(key, bucket)] = record
 
     def _identity(self) -> str:
-        """What a stored choice holds for: the card, its driver, the library, the reference."""
-        device = self._device
-        version = self._library.version if self._library else 0
+        """What a stored choice holds for: the card, its driver, the library, our kernels."""
+        device, version = self._device, self._candidates.library_version
         facts = (device.name, device.arch, device.driver_version, version)
-        text = repr((facts, kernel_source("gemm_k16"), kernel_source("few_rows")))
+        text = repr((facts, TILES, *map(kernel_source, _KERNELS)))
         return f"{device.arch}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
@@ -259,13 +234,9 @@ def _products(shape: ModelShape) -> tuple[tuple[tuple[int, int], Output], ...]:
     """(N, K) of every product of the model, and what it leaves."""
     qkv, attn_output, gate_up, down, head = shape.linear_shapes
     return (
-        *((qkv, Output.FP16), (attn_output, Output.ADD), (gate_up, Output.FP16)),
+        *((qkv, Output.FP16), (attn_output, Output.ADD), (gate_up, Output.GATED)),
         *((down, Output.ADD), (head, Output.FP32)),
     )
-
-
-def _buffer(n: int, output: Output) -> str:
-    return f"linear_{n}_{output.name.lower()}"
 
 
 def _name(key: Key, bucket: Bucket) -> str:

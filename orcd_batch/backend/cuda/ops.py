@@ -93,6 +93,10 @@ class CudaOps(ForwardKernels):
         """Adds (T, K) fp16 (N, K)ᵀ into residual (T, N) fp32, in one rounding after the chain."""
         self._linear.add(x, weight, residual)
 
+    def gated_linear(self, x: DeviceArray, weight: DeviceArray) -> DeviceArray:
+        """(T, K) fp16, (2F, K) fp16, gate rows first -> (T, F) fp16: linear, then silu(g) * u."""
+        return self._linear(x, weight, Output.GATED)
+
     def logits(self, x: DeviceArray, weight: DeviceArray) -> DeviceArray:
         """As linear, but fp32."""
         return self._linear(x, weight, Output.FP32)

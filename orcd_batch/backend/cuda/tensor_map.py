@@ -36,7 +36,6 @@ class TensorMap(ctypes.Structure):
     _fields_ = (("words", ctypes.c_uint64 * 16),)
 
 
-@lru_cache(maxsize=1024)
 def panel_map(ptr: int, num_rows: int, num_columns: int) -> TensorMap:
     """A (num_rows, num_columns) fp16 matrix in boxes of 64 rows and one panel of columns.
 
@@ -44,6 +43,16 @@ def panel_map(ptr: int, num_rows: int, num_columns: int) -> TensorMap:
     Raises DeviceError when the driver refuses.
     """
     columns = next(n for n in (64, 32, 16) if num_columns % n == 0)
+    return box_map(ptr, num_rows, num_columns, _ROWS, columns)
+
+
+@lru_cache(maxsize=4096)
+def box_map(ptr: int, num_rows: int, num_columns: int, rows: int, columns: int) -> TensorMap:
+    """A (num_rows, num_columns) fp16 matrix in boxes of (rows, columns), 64, 32 or 16 columns; what
+    a box has beyond the matrix is read as 0 and not written.
+
+    Raises DeviceError when the driver refuses.
+    """
     room = (ctypes.c_uint64 * 24)()
     start = -ctypes.addressof(room) % 64
     encoded = TensorMap.from_buffer(room, start)
@@ -54,7 +63,7 @@ def panel_map(ptr: int, num_rows: int, num_columns: int) -> TensorMap:
         ctypes.c_void_p(ptr),
         (ctypes.c_uint64 * 2)(num_columns, num_rows),
         (ctypes.c_uint64 * 1)(num_columns * 2),
-        (ctypes.c_uint32 * 2)(columns, _ROWS),
+        (ctypes.c_uint32 * 2)(columns, rows),
         (ctypes.c_uint32 * 2)(1, 1),
         ctypes.c_int(0),
         ctypes.c_int(_SWIZZLE[columns * 2]),
