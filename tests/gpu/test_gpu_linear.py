@@ -121,7 +121,7 @@ def test_every_way_to_gate_has_the_bits_of_gemm_k16_and_swiglu(ops: Any, size: i
     from orcd_batch.backend.cuda.product import Output
 
     x, w = operands(300, 2 * size, k)
-    x[5] *= 60_000  # rows 5 and 70 overflow, alone
+    x[5] = 60_000  # rows 5 and 70 overflow, alone
     x[70, 0] = np.inf
     weight = put_weight(ops, w)
     tiles = TILES if ops.device.compute_capability == (9, 0) else ()
