@@ -201,6 +201,48 @@ def test_a_product_that_disagrees_is_dropped(device: Any, output: str) -> None:
     staging.close()
 
 
+def test_a_large_product_is_chosen_by_its_time_when_it_lasts(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orcd_batch.backend.cuda import self_test
+    from orcd_batch.backend.cuda.product import Output
+    from orcd_batch.backend.cuda.program import Kernels
+    from orcd_batch.backend.cuda.staging import Staging
+    from orcd_batch.backend.cuda.workspace import Workspace
+
+    for name, value in {"_LASTING_ROWS": 64, "_LASTING_FLOPS": 0, "_NEAR": 100}.items():
+        monkeypatch.setattr(self_test, name, value)
+    kernels, workspace = Kernels(device), Workspace(device)
+    staging = Staging(device, workspace)
+    _, w = operands(1, 960, 576)
+    (weight,) = staging.place("w", [w])
+    y = workspace.take("y", (256, 960), Output.FP16.dtype)
+    test = self_test.SelfTest(device, kernels, [weight], y, Output.FP16)
+
+    def thrice(*args: Any) -> None:
+        for _ in range(3):
+            test.reference(*args)
+
+    asked: list[list[str]] = []
+    lasting_times = test.lasting_times
+
+    def remembering(candidates: Any, num_rows: int) -> list[float]:
+        asked.append([candidate.code for candidate in candidates])
+        return lasting_times(candidates, num_rows)
+
+    monkeypatch.setattr(test, "lasting_times", remembering)
+    slow, fast = (
+        self_test.Candidate("slow", {}, thrice),
+        self_test.Candidate("fast", {}, test.reference),
+    )
+    for num_rows in (32, 256):
+        best, _ = test.choose([slow, fast], num_rows, num_rows)
+        assert best is fast
+    assert asked == [["fast", "slow"]]
+    test.close()
+    staging.close()
+
+
 def test_the_self_test_finds_algorithm_16_by_itself(
     device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
