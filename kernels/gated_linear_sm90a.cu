@@ -3,8 +3,8 @@
 // computes:  y[m][f] = gated(fp16(sum over k of x[m][k] w[f][k]), fp16(same with w[F + f])), see
 //            gated.cuh
 // layout:    x (M, K), w (2F, K) gate rows first, y (M, F), fp16, dense row-major; K and F multiples
-//            of 8; any M. x_map has boxes of ROW_GROUPS * 64 rows, w_map of TILE_F rows, both of 64
-//            columns; y_map of 16 rows and 64 columns
+//            of 8 and at least 64; any M. Boxes of x_map have ROW_GROUPS * 64 rows, of w_map TILE_F,
+//            of y_map 16; all have 64 columns
 // mapping:   tile = ROW_GROUPS * 64 rows by TILE_F columns of y; a block per SM takes the tiles of its
 //            cluster in turn. One warp has the copy engine load 64 of K at a time, STAGES ahead; each
 //            warpgroup of the others owns 64 rows, gate and up. A cluster of two shares its columns:
@@ -12,14 +12,17 @@
 //            tile before, already rounded, is gated and stored
 // macros:    K_SIZE, INTERMEDIATE (F), TILE_F (64 or 128), ROW_GROUPS (1 or 2), CLUSTER (1 or 2),
 //            STAGES, GROUP (tiles of rows that share a sweep over the columns, for the L2 cache)
-// bound by:  flops (wgmma) for M over about 200, else bytes of w
+// bound by:  bytes of w up to M of about 150 (H200, Phi-3, M = 64: 27 us, 81 % of the read ceiling),
+//            then flops (M = 768: 110 us, 705 TFLOP/s), and where that lasts the card's power
+//            (M = 8192: 1.28 ms, 643 TFLOP/s)
 // order:     each gate and up value is one chain of wgmma over ascending k16, from zero; what lies
 //            beyond K counts as zero
 // architectures: sm_90a
 // generic twin: swiglu, after any product
 // compile:   K_SIZE=3072 INTERMEDIATE=8192 TILE_F=128 ROW_GROUPS=2 CLUSTER=2 STAGES=4 GROUP=8
-//            | K_SIZE=3072 INTERMEDIATE=8192 TILE_F=64 ROW_GROUPS=1 CLUSTER=1 STAGES=8 GROUP=1
+//            | K_SIZE=3072 INTERMEDIATE=8192 TILE_F=64 ROW_GROUPS=1 CLUSTER=1 STAGES=8 GROUP=8
 //            | K_SIZE=896 INTERMEDIATE=4864 TILE_F=64 ROW_GROUPS=2 CLUSTER=1 STAGES=6 GROUP=16
+//            | K_SIZE=64 INTERMEDIATE=72 TILE_F=128 ROW_GROUPS=2 CLUSTER=2 STAGES=4 GROUP=8
 // spills:    none
 
 #include "gated.cuh"
@@ -29,7 +32,7 @@ constexpr int TILE_M = ROW_GROUPS * 64;
 constexpr int TILE_K = 64;
 constexpr int K_TILES = (K_SIZE + TILE_K - 1) / TILE_K;
 constexpr int CONSUMERS = ROW_GROUPS * 4 * WARP;
-constexpr int LOADER_THREADS = 4 * WARP;  // one warp works, but registers move by warpgroups
+constexpr int LOADER_THREADS = 4 * WARP;  // one works, but registers move by warpgroups
 constexpr bool MOVE_REGISTERS = ROW_GROUPS == 2;
 static_assert(K_SIZE % 8 == 0 && INTERMEDIATE % 8 == 0, "rows of whole 16-byte vectors");
 
@@ -41,7 +44,7 @@ constexpr u32 STAGE_BYTES = X_BYTES + 2 * HALF_BYTES;
 constexpr int PANELS = TILE_F / 64;
 constexpr u32 Y_PANEL_BYTES = 16 * ROW_BYTES, WARP_Y_BYTES = PANELS * Y_PANEL_BYTES;
 
-// Pairs of 8-column tiles are gated in so many pieces, one for each of a tile's first steps of K.
+// The tile before is gated in so many pieces of 16-column pairs, one beside each first step of K.
 constexpr int PAIRS = TILE_F / 16;
 __device__ constexpr int pieces() {
     int count = 1;
@@ -124,9 +127,9 @@ struct Loader {
 // --- a warpgroup's rows ------------------------------------------------------------------------------
 
 struct Rows {
-    float c[TILE_F / 4][4];          // gate, then up
+    float c[TILE_F / 4][4];                      // gate, then up
     u32 gate[TILE_F / 8][2], up[TILE_F / 8][2];  // of the tile before, in fp16
-    u32 staged;                      // this warp's rows of y, with this lane's place for stmatrix
+    u32 staged;  // where this lane's first row of four 8 x 8 matrices of y goes
     u32 full, empty;
     Ring ring;
 
@@ -139,7 +142,7 @@ struct Rows {
         }
     }
 
-    // c += the products of the ring's slot, or = them.
+    // c += the products of the ring's slot, or c = them.
     __device__ __forceinline__ void multiply(const Panel<SPAN>& x, const Panel<SPAN>& w, bool add) {
         wait_for(full + ring.slot * 8, ring.round);
         const u32 slot = ring.slot * STAGE_BYTES;
@@ -195,9 +198,11 @@ __device__ __forceinline__ void multiply_all(Rows& rows, const TensorMap& y_map,
     const Panel<SPAN> w(slots + X_BYTES, 0);
     int before = -1;
 #pragma unroll
-    for (int n = 0; n < TILE_F / 8; ++n) rows.gate[n][0] = rows.gate[n][1] = rows.up[n][0] = rows.up[n][1] = 0;
+    for (int n = 0; n < TILE_F / 8; ++n)
+        rows.gate[n][0] = rows.gate[n][1] = rows.up[n][0] = rows.up[n][1] = 0;
     for (int index = first; index < num_tiles; index += step) {
         u32 used = 0;
+        // The slot of the step before this one is free once its products are done.
         auto next = [&](bool is_first) {
             if (!is_first) {
                 wait_for_products<1>();
@@ -226,7 +231,6 @@ __device__ __forceinline__ void multiply_all(Rows& rows, const TensorMap& y_map,
         rows.round_tile();
         before = index;
     }
-    if (before < 0) return;
     if (lane == 0) wait_for_stores_to_read();
     __syncwarp();
 #pragma unroll
@@ -246,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + LOADER_THREADS, 1)
     let_next_start();
     const u32 slots = shared_address(dynamic);
     const u32 staging = slots + STAGES * STAGE_BYTES;
-    Barriers& barriers = *(Barriers*)(dynamic + STAGES * STAGE_BYTES + CONSUMERS / WARP * WARP_Y_BYTES);
+    Barriers& barriers = *(Barriers*)(dynamic + STAGES * STAGE_BYTES + TILE_M * TILE_F * 2);
     const u32 full = shared_address(barriers.full), empty = shared_address(barriers.empty);
     const int warp = threadIdx.x / WARP;
     const u32 block = CLUSTER == 2 ? block_of_cluster() : 0;
