@@ -6,6 +6,8 @@ product and the fastest of all that cuBLASLt offers, split-K included, are timed
 activation behind it for gate and up. The cost
 of a step adds its products up: a decode step of M rows has the output projection, a prefill not.
 Up to 8 rows every time is that of the product and a small kernel before it, as in a step.
+`--lasting` also times the fastest of a short run where each goes on, which brings the card to its
+power limit: what steps of many rows find.
 """
 
 import argparse
@@ -39,12 +41,15 @@ SHAPES: dict[str, Key] = {
 # A step's rows from which on it is a prefill step, and rows beyond which no step has logits.
 PREFILL_ROWS = 1024
 MOST_LOGITS = 512
+MOST_LASTING = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="1,64,256,1024,8192")
-    rows = [int(text) for text in parser.parse_args().rows.split(",")]
+    parser.add_argument("--lasting", action="store_true")
+    options = parser.parse_args()
+    rows = [int(text) for text in options.rows.split(",")]
     device = Device()
     kernels = Kernels(device)
     ways = Candidates(device, kernels, Workspace(device))
@@ -59,7 +64,10 @@ def main() -> None:
         buffer = device.allocate(shape[0] * shape[1] * output.dtype.itemsize, "staging")
         y = DeviceArray(buffer.ptr, shape, output.dtype)
         test = SelfTest(device, kernels, weights, y, output, ways.reference(output))
-        results += [measure(test, ways, library, name, key, m) for m in wanted]
+        for m in wanted:
+            row = measure(test, ways, library, name, key, m)
+            more = {"lasting": measure_lasting(test, ways, key, m)} if options.lasting else {}
+            results.append(row | more)
         test.close()
         device.free(buffer)
         device.free_use("weights")
@@ -108,6 +116,21 @@ def measure(
     }
     print(" ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr)
     return row
+
+
+def measure_lasting(
+    test: SelfTest, ways: Candidates, key: Key, num_rows: int
+) -> list[dict[str, Any]]:
+    """The fastest of a short run, each for a while; whether their bits are right is not asked."""
+    n, k, _ = key
+    fastest = test.by_time(ways.offered(key, num_rows), num_rows)[:MOST_LASTING]
+    rows = []
+    for way, seconds in zip(fastest, test.lasting_times(fastest, num_rows), strict=True):
+        tflops = round(2 * num_rows * n * k / seconds / 1e12, 1)
+        rows.append({"us": round(seconds * 1e6, 1), "tflops": tflops, "config": way.config})
+        print("  lasting", " ".join(f"{key}={value}" for key, value in rows[-1].items()),
+              file=sys.stderr)  # fmt: skip
+    return rows
 
 
 def candidate_of(library: CublasLt, algorithm: Any, output: Output) -> Candidate:
