@@ -47,8 +47,10 @@ __device__ __forceinline__ float minus_infinity() { return as_float(0xff800000u)
 // --- exp, log, random words: elementary.py and philox.py, operation by operation ---------------
 
 __device__ __forceinline__ float exp_fixed(float z) {
-    if (z < -86.0f) return 0.0f;
-    const float n = __fadd_rn(__fadd_rn(__fmul_rn(z, 0x1.715476p+0f), 12582912.0f), -12582912.0f);
+    const bool is_zero = z < -86.0f;
+    z = fmaxf(z, -86.0f);
+    const float shifted = __fadd_rn(__fmul_rn(z, 0x1.715476p+0f), 12582912.0f);  // its low bits: n
+    const float n = __fadd_rn(shifted, -12582912.0f);
     float r = __fsub_rn(z, __fmul_rn(n, 0x1.63p-1f));
     r = __fsub_rn(r, __fmul_rn(n, -0x1.bd0106p-13f));
     float q = __fadd_rn(__fmul_rn(r, 0x1.9fb882p-13f), 0x1.6d9408p-10f);
@@ -57,7 +59,7 @@ __device__ __forceinline__ float exp_fixed(float z) {
     q = __fadd_rn(__fmul_rn(q, r), 0x1.555554p-3f);
     q = __fadd_rn(__fmul_rn(q, r), 0x1.000000p-1f);
     const float p = __fadd_rn(__fadd_rn(__fmul_rn(__fmul_rn(r, r), q), r), 1.0f);
-    return __fmul_rn(p, as_float((u32)((int)n + 127) << 23));
+    return __fmul_rn(p, is_zero ? 0.0f : as_float(as_bits(shifted) + 127 << 23));
 }
 
 __device__ __forceinline__ float log_fixed(float y) {
@@ -183,14 +185,17 @@ struct Stats {
     __device__ __forceinline__ void set_hash(u64 hash) {
         hash_low = (u32)hash, hash_high = (u32)(hash >> 32);
     }
-    // Ids come in ascending order.
+    // Ids come in ascending order. penalized_value: left out where it is raw.
     __device__ __forceinline__ void add(float raw, float penalized_value, int id) {
+        add(raw, id);
+        if (penalized_value > penalized.value) penalized = {penalized_value, id};
+    }
+    __device__ __forceinline__ void add(float raw, int id) {
         const bool is_better = raw > best.value;
         const float e = exp_fixed(-fabsf(__fsub_rn(raw, best.value)));
         sum = is_better ? __fadd_rn(__fmul_rn(sum, e), 1.0f) : __fadd_rn(sum, e);
         second = is_better ? best.value : fmaxf(second, raw);
         if (is_better) best = {raw, id};
-        if (penalized_value > penalized.value) penalized = {penalized_value, id};
         set_hash(hash() + hash_factor(id) * as_bits(raw));
         finite &= (as_bits(raw) & 0x7f800000u) != 0x7f800000u;
     }
@@ -267,6 +272,37 @@ __device__ __forceinline__ u64 weight_of(u32 distance) {
 }
 
 __device__ __forceinline__ int part_begin(int part) { return min(part * PART, VOCAB); }
+
+// This thread's logits of a part, ascending. The next few are on their way while some are used.
+template <class Use>
+__device__ __forceinline__ void for_each_logit(const float* logits, int part, Use use) {
+    constexpr int FEW = 4;
+    const int end = part_begin(part + 1);
+    float coming[FEW];
+    auto ask = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < FEW; ++i)
+            coming[i] = first + i * THREADS < end ? logits[first + i * THREADS] : 0.0f;
+    };
+    int first = part_begin(part) + threadIdx.x;
+    ask(first);
+#pragma unroll 1
+    for (; first < end; first += FEW * THREADS) {
+        float here[FEW];
+#pragma unroll
+        for (int i = 0; i < FEW; ++i) here[i] = coming[i];
+        ask(first + FEW * THREADS);
+        const bool all = first + (FEW - 1) * THREADS < end;
+        if (all) {
+#pragma unroll
+            for (int i = 0; i < FEW; ++i) use(here[i], first + i * THREADS);
+        } else {
+#pragma unroll
+            for (int i = 0; i < FEW - 1; ++i)
+                if (first + i * THREADS < end) use(here[i], first + i * THREADS);
+        }
+    }
+}
 
 template <class Use>
 __device__ __forceinline__ void for_each_id(Use use) {
@@ -461,12 +497,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTERED ? 2 : 1)
 
     for (int part = first_part(); part < past_last_part(); ++part) {
         Stats stats = Stats::none();
-#pragma unroll 4
-        for (int id = part_begin(part) + threadIdx.x; id < part_begin(part + 1); id += THREADS) {
-            const float raw = row.logits[id];
-            const float penalized = row.penalized(raw, id);
-            if (CLUSTERED) row.held[id - row.origin] = penalized;
-            stats.add(raw, penalized, id);
+        if (row.penalty != 1.0f) {
+            for_each_logit(row.logits, part, [&](float raw, int id) {
+                const float penalized = row.penalized(raw, id);
+                if (CLUSTERED) row.held[id - row.origin] = penalized;
+                stats.add(raw, penalized, id);
+            });
+        } else {
+            const bool holds = CLUSTERED && row.temperature != 0.0f;
+            for_each_logit(row.logits, part, [&](float raw, int id) {
+                if (holds) row.held[id - row.origin] = raw;
+                stats.add(raw, id);
+            });
+            stats.penalized = stats.best;
         }
         stats = block_reduce(stats, stats_scratch);
         if (threadIdx.x == 0) stats_of[part] = stats;
