@@ -174,6 +174,7 @@ class Bench:
             logits_rows=self.put(np.zeros(1, np.int32)),
             num_leading=next((i for i, (_, n) in enumerate(sequences) if n > 1), len(sequences)),
             shared=shared,
+            has_chunks=not found.is_empty,
         )
 
     def attention(
@@ -262,10 +263,16 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield from bench.attention(
         "attention decode phi3 B=1020 context=1..127", PHI3, [(n, 1) for n in own]
     )
-    sweeps = [("phi3", PHI3), ("qwen2.5-0.5b", QWEN), ("llama-3-8b", LLAMA)]
-    for model, heads in sweeps:
-        name = f"attention decode {model} B=34x30 context=512 shared + 1..127"
-        yield from bench.attention(name, heads, [(512 + n, 1) for n in own], 30, 8)
+    sweeps = [
+        ("phi3", PHI3, 34, 30),
+        ("phi3", PHI3, 128, 8),
+        ("qwen2.5-0.5b", QWEN, 34, 30),
+        ("llama-3-8b", LLAMA, 34, 30),
+    ]
+    for model, heads, prompts, samples in sweeps:
+        name = f"attention decode {model} B={prompts}x{samples} context=512 shared + 1..127"
+        sequences = [(512 + n, 1) for n in (own + own)[: prompts * samples]]
+        yield from bench.attention(name, heads, sequences, samples, 8)
     prefills = [
         ("phi3", PHI3, 4, 1024, 1024),
         ("phi3", PHI3, 1, 4096, 4096),

@@ -1,6 +1,6 @@
-"""Where a step's GPU time goes, op by op: full prefill steps and wide decode steps.
+"""Where a step's GPU time goes, op by op: full prefill steps, wide decode steps, samples'.
 
-    python benchmarks/cuda_step_ops.py [--shapes phi3 qwen2_5]
+    python benchmarks/cuda_step_ops.py [--shapes phi3 qwen2_5] [--cases "decode 256 at 384"]
 
 Steps run as single launches with events around every op, so the sums are a little above a
 replayed step's; ops shorter than their launch are not to be trusted here (see cuda_ops.py).
@@ -27,10 +27,13 @@ from orcd_batch.engine_factory import BuiltEngine, OpenModel, build_engine, choo
 
 from cuda_workloads import requests, run  # isort: skip
 
+# Sequences, tokens of each prompt, new tokens, how often, and samples of each prompt (which are
+# drawn at temperature 1).
 CASES = {
-    "prefill 8 x 1,024": (8, 1024, 1, 2),
-    "prefill 1 x 4,000": (1, 4000, 1, 2),
-    "decode 256 at 384": (256, 370, 40, 1),
+    "prefill 8 x 1,024": (8, 1024, 1, 2, 1),
+    "prefill 1 x 4,000": (1, 4000, 1, 2, 1),
+    "decode 256 at 384": (256, 370, 40, 1, 1),
+    "decode 34 x 30 at 512 + 64": (1020, 512, 128, 1, 30),
 }
 
 
@@ -49,11 +52,13 @@ def watch_products(ops: Any, times: OpTimes, shapes: set[tuple[int, ...]]) -> No
 
 
 def measure(built: BuiltEngine, name: str, repeat: int) -> dict[str, Any]:
-    num_seqs, num_in, num_out, times_over = CASES[name]
+    num_seqs, num_in, num_out, times_over, samples = CASES[name]
     works = [
-        Work([(7 * i + 13 * j) % 30000 for j in range(num_in)], num_out) for i in range(num_seqs)
+        Work([(7 * i + 13 * j) % 30000 for j in range(num_in)], num_out)
+        for i in range(num_seqs // samples)
+        for _ in range(samples)
     ]
-    workload = Workload(name, name, works)
+    workload = Workload(name, name, works, samples, temperature=float(samples > 1))
     ops, engine = built.ops, built.engine
     names = set(vars(ops))
     run(built, requests(workload, repeat, most_new=1))
@@ -102,6 +107,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["phi3"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--models", type=Path, help="folder for the model files; kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -115,11 +121,11 @@ def main() -> None:
             path = folder / f"{shape}.gguf"
             if not path.exists():
                 make_model(path, SHAPES[shape])
-            engine_options = EngineOptions(kind="cuda", max_num_seqs=512, max_model_len=4096)
+            engine_options = EngineOptions(kind="cuda", max_num_seqs=1024, max_model_len=4096)
             with GGUFFile.open(path) as gguf:
                 model = OpenModel(gguf, read_model_config(gguf))
                 with build_engine(model, engine_options, choice) as built:
-                    rows = [measure(built, case, 10 * i) for i, case in enumerate(CASES)]
+                    rows = [measure(built, case, 10 * i) for i, case in enumerate(options.cases)]
             found.append({"shape": shape, "cases": rows})
     write_results(options.results, "step-ops", choice, {"shapes": found})
     print(json.dumps({"shapes": [entry["shape"] for entry in found]}))

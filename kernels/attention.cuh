@@ -62,7 +62,10 @@ struct TileLoader {
                 chunk_offset(first + (lane + i * WARP) / CHUNKS, (lane + i * WARP) % CHUNKS);
     }
 
-    __device__ __forceinline__ void load(u32 shared, const f16* tile, int valid) const {
+    // policy: as copy_async_16 takes it, or none.
+    template <class... Policy>
+    __device__ __forceinline__ void load(u32 shared, const f16* tile, int valid,
+                                         Policy... policy) const {
         const char* from = (const char*)tile + index * 16;
         const int limit = valid * CHUNKS - index;
 #pragma unroll
@@ -71,7 +74,7 @@ struct TileLoader {
             for (int i = 0; i < PERIOD; ++i) {
                 const int step = (period * PERIOD + i) * WARP;
                 copy_async_16(shared + target[i] + period * PERIOD_ROWS * CHUNKS * 16,
-                              from + step * 16, step < limit ? 16 : 0);
+                              from + step * 16, step < limit ? 16 : 0, policy...);
             }
     }
 };

@@ -89,6 +89,26 @@ __device__ __forceinline__ void copy_async_16(u32 shared, const void* global, in
                  : "memory");
 }
 
+// The same of what is read once: it is the first to leave the L2 cache. policy: from read_once().
+__device__ __forceinline__ void copy_async_16(u32 shared, const void* global, int bytes,
+                                              u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared),
+                 "l"(global), "r"(bytes), "l"(policy)
+                 : "memory");
+}
+
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ u64 read_again() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -108,7 +128,8 @@ __device__ __forceinline__ void let_next_start() {
 }
 
 // Every kernel before this one has run, and what it wrote is there. A kernel that calls this is
-// launched before that; until then it may read only what no step writes: weights.
+// launched before that; until then it may read only what no kernel writes: weights, and what the
+// host placed for the step.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

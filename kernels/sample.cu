@@ -12,7 +12,7 @@
 //            GENERIC=1, and before sm_90, one block owns a row and reads the parts one after
 //            another from memory.
 // macros:    VOCAB (V, at most 2^18), GENERIC
-// bound by:  bytes (R V 4) when greedy; with noise, integer and fp32 arithmetic
+// bound by:  bytes (R V 4) when greedy; with noise, integer arithmetic
 // order:     everything but logprob is exact: integers, maxima with ties to the lowest id, and fp32
 //            sequences per element (elementary.py) written as single rounded operations. logprob:
 //            a thread's elements ascending, then lanes, warps and parts by butterfly: fixed by V.
@@ -43,6 +43,13 @@ constexpr u64 GOLDEN = 0x9E3779B97F4A7C15ull;
 static_assert(VOCAB <= 1 << 18, "the sampler's sums are exact up to 2^18 tokens");
 
 __device__ __forceinline__ float minus_infinity() { return as_float(0xff800000u); }
+
+// Near log2(x) for normal x, by the hardware.
+__device__ __forceinline__ float log2_hardware(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // --- exp, log, random words: elementary.py and philox.py, operation by operation ---------------
 
@@ -99,6 +106,15 @@ __device__ __forceinline__ float gumbel(u32 word) {
     const float correction = is_low ? __fsub_rn(h, __fsub_rn(1.0f, y)) : 0.0f;
     const float exponential = __fsub_rn(correction, log_fixed(is_low ? y : h));
     return __fsub_rn(0.0f, log_fixed(exponential));
+}
+
+// At least gumbel(word), by less than GUMBEL_SLACK for words below 2^31: there E, whose -log the noise
+// is, lies between h and 1.387 h; beyond, E is at least log 2. The rest allows for rounding.
+[[maybe_unused]] constexpr float GUMBEL_SLACK = 0.35f;
+__device__ __forceinline__ float gumbel_bound(u32 word) {
+    if (word >= 0x80000000u) return 0.368f;
+    const float h = __fmul_rn(__fadd_rn(__uint2float_rn(word), 0.5f), 0x1p-32f);
+    return __fmaf_rn(log2_hardware(h), -0x1.62e430p-1f, 0.001f);
 }
 
 __device__ __forceinline__ u64 hash_factor(int id) {
@@ -540,14 +556,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTERED ? 2 : 1)
 
         const float least = fminf(min_p[r], 1.0f);
         const float floor = gumbel(philox_word(stream[r], position[r], token, seed[r]));
+        auto is_candidate = [&](u32 d, int id) {
+            return z_of(d) + MAX_GUMBEL >= floor && limit.admits(d, id) &&
+                   !(least > 0.0f && probability_of(d) < least);
+        };
         Best best = Best::none();
-        for_each_id([&](int id) {
-            const u32 d = row.distance_of(id);
-            if (z_of(d) + MAX_GUMBEL < floor || !limit.admits(d, id)) return;
-            if (least > 0.0f && probability_of(d) < least) return;
+        auto try_id = [&](u32 d, int id) {
             const float noise = gumbel(philox_word(stream[r], position[r], id, seed[r]));
             best.add(__fadd_rn(z_of(d), noise), id);
+        };
+#if CLUSTERED
+        __shared__ Best reached_of[PARTS];
+        // Bounds of all scores first, in place of the distances: few reach the best one's.
+        Best reached = {floor, token};
+        for_each_id([&](int id) {
+            float& value = row.held[id - row.origin];
+            const u32 d = as_bits(value);
+            value = minus_infinity();
+            if (!is_candidate(d, id)) return;
+            const u32 word = philox_word(stream[r], position[r], id, seed[r]);
+            const float bound = gumbel_bound(word);
+            value = __fadd_rn(z_of(d), bound);
+            if (word < 0x80000000u) reached.add(__fadd_rn(z_of(d), bound - GUMBEL_SLACK), id);
         });
+        reached = block_reduce(reached, best_scratch);
+        if (threadIdx.x == 0) reached_of[first_part()] = reached;
+        reached = reduce_parts(reached_of);
+        for_each_id([&](int id) {
+            if (row.held[id - row.origin] >= reached.value)
+                try_id(row.distance(row.penalized(row.logits[id], id)), id);
+        });
+#else
+        for_each_id([&](int id) {
+            const u32 d = row.distance_of(id);
+            if (is_candidate(d, id)) try_id(d, id);
+        });
+#endif
         // One value per row here, so the first part's slot carries a block's result.
         best = block_reduce(best, best_scratch);
         if (threadIdx.x == 0)

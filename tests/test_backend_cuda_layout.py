@@ -15,6 +15,7 @@ from orcd_batch.backend.cuda.attention import (
     decode_shape,
     merge_shape,
     prefill_shape,
+    shared_shape,
     wgmma_prefill_shape,
 )
 from orcd_batch.backend.cuda.gated_linear import swiglu
@@ -78,6 +79,29 @@ def test_the_prefill_with_wgmma_fits_hoppers_shared_memory(head_dim: int) -> Non
     assert shape.shared_bytes <= 227 << 10
     assert shape.arch == "sm_90a"
     assert shape.threads == (shape.num_warps + 4) * 32
+
+
+@pytest.mark.parametrize("head_dim", range(16, 129, 16))
+@pytest.mark.parametrize("group", [1, 2, 24])
+def test_shared_splits_fit_hoppers_shared_memory(head_dim: int, group: int) -> None:
+    shape = shared_shape(card(227 << 10), 2 * group, 2, head_dim)
+    assert shape.shared_bytes <= 227 << 10
+    assert shape.num_stages >= 4, "keys and values, and the next under way"
+    assert shape.threads == (shape.num_warps + 4) * 32
+
+
+@given(st.integers(1, 4096), st.sampled_from(HEADS), st.sampled_from([99 << 10, 227 << 10]))
+def test_decode_has_room_for_what_it_keeps(
+    num_seqs: int, heads: tuple[int, int, int], shared_memory: int
+) -> None:
+    shape = decode_shape(card(shared_memory), *heads, num_seqs)
+    rows = min(shape.group, 16)
+    item_bytes = shape.partial_floats(1, 1) // (heads[1] * -(-shape.group // 16)) * 4
+    tiles = shape.num_stages * (64 * 2 + rows) * heads[2] * 2
+    lists = 14 * num_seqs + 4
+    warp_bytes = tiles + shape.whole_runs * item_bytes
+    assert shape.shared_bytes == shape.num_warps * warp_bytes + lists
+    assert shape.shared_bytes + 256 <= shared_memory
 
 
 @given(

@@ -12,6 +12,7 @@ from support.attention_problem import AttentionProblem, shared_problem
 from support.gguf_factory import write_model
 
 from orcd_batch import SamplingParams
+from orcd_batch.backend.cuda import attention as layout
 from orcd_batch.backend.cuda.placed_batch import place_batch
 from orcd_batch.backend.cuda.shared_splits import SharedSplitFinder, SharedSplits
 from orcd_batch.backend.ops import BLOCK_SIZE, KVCache
@@ -21,7 +22,7 @@ from orcd_batch.engine import Request
 from orcd_batch.engine_factory import BuiltEngine, OpenModel, build_engine, choose_engine
 
 Bits = NDArray[np.uint32]
-HEADS = [(3, 3, 96), (14, 2, 64), (9, 3, 64), (8, 2, 128), (24, 1, 64), (4, 2, 32)]
+HEADS = [(3, 3, 96), (14, 2, 64), (9, 3, 64), (8, 2, 128), (24, 1, 64), (4, 2, 32), (2, 2, 112)]
 GROUP_SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 40)
 
 
@@ -76,6 +77,21 @@ def test_a_shared_split_gives_the_bits_it_gives_alone(
     np.testing.assert_array_equal(attend(ops, problem, window, grouped=True), alone)
 
 
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
+def test_shared_splits_have_their_bits_without_wgmma(
+    ops: Any,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = [(8, [600] * 19), (5, [900, 320, 512]), (4, [256] * 2)]
+    problem = shared_problem(num_heads, num_kv_heads, head_dim, groups)
+    usual = attend(ops, problem, 300, grouped=True)
+    monkeypatch.setattr(layout, "USE_WGMMA", False)
+    np.testing.assert_array_equal(attend(ops, problem, 300, grouped=True), usual)
+
+
 def test_a_split_shared_by_all_and_another_by_some(ops: Any) -> None:
     contexts = [1100 + 3 * i for i in range(40)]
     problem = shared_problem(8, 2, 64, [(4, contexts)])
@@ -90,8 +106,6 @@ def test_a_split_shared_by_all_and_another_by_some(ops: Any) -> None:
 def test_grouping_does_not_depend_on_how_it_is_laid_out(
     ops: Any, monkeypatch: pytest.MonkeyPatch, warps: int, stages: int, sm_count: int
 ) -> None:
-    from orcd_batch.backend.cuda import attention as layout
-
     problem = shared_problem(14, 2, 64, [(8, [600] * 19), (5, [900] * 3)])
     alone = attend(ops, problem, 0, grouped=False)
     monkeypatch.setattr(layout, "MAX_DECODE_WARPS", warps)

@@ -22,9 +22,14 @@ MAX_HEAD_DIM = 128
 DECODE_STAGES = 1
 MAX_DECODE_WARPS = 12
 # Up to so many sequences times KV heads a warp has little to do: more of its tiles are under way.
-FEW_DECODE_ITEMS = 512
+FEW_DECODE_ITEMS = 128
 FEW_DECODE_STAGES = 2
 _DECODE_WARPS_TIMES_HEAD_DIM = 768
+# With at least so many sequences times KV heads for every warp, one takes all splits of a sequence,
+# up to RUN_SPLITS of them; that saves writing and merging them.
+WHOLE_RUNS = True
+RUNS_PER_WARP = 2
+RUN_SPLITS = 8
 PREFILL_STAGES = 2
 PREFILL_WARPS = 4
 PREFILL_ROW_TILES = 1
@@ -33,12 +38,18 @@ PREFILL_ROW_TILES = 1
 USE_WGMMA = True
 WGMMA_STAGES = 4
 MERGE_WARPS = 4
+MERGE_BLOCKS = 16
 
 _WARP = 32
+_TEAM_ROWS = 64
 # The decode kernel's running sum has one int a warp in static shared memory, and alignment.
 _STATIC_SHARED_BYTES = 256
 # At least what `struct Shared` of kernels/attention_prefill_sm90a.cu takes.
 _WGMMA_BARRIER_BYTES = 512
+# Shared splits on Hopper: the most tiles, keys and values apart, that four warps keep, and at least
+# what `struct Desk` of kernels/attention_shared_sm90a.cu takes beside them.
+MAX_SHARED_STAGES = 8
+_DESK_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,8 @@ class AttentionShape:
     """One variant of an attention kernel; the sizes in bytes are per block of threads.
 
     num_warps: those that own rows. row_tiles, num_stages: 0 where the kernel has none. arch: where
-    the card's generic one will not do.
+    the card's generic one will not do. whole_runs: a decode warp takes all splits of a sequence of
+    up to RUN_SPLITS, and nothing is left to merge.
     """
 
     kernel: str
@@ -60,6 +72,7 @@ class AttentionShape:
     shared_bytes: int
     loader_warps: int = 0
     arch: str | None = None
+    whole_runs: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
@@ -95,12 +108,12 @@ class AttentionShape:
     def partial_floats(self, num_seqs: int, max_blocks: int) -> int:
         """Room for every split's output, maximum and sum."""
         splits = num_seqs * -(-max_blocks // SPLIT_TILES)
-        rows = min(self.group, MMA_ROWS)
-        return splits * self._units * rows * (self.head_dim + 2)
+        return splits * self._units * _item_floats(self.group, self.head_dim)
 
-    def num_merge_blocks(self, num_seqs: int) -> int:
-        """Merge: a warp for each sequence and head."""
-        return -(-num_seqs * self.num_heads // self.num_warps)
+    def num_merge_blocks(self, num_seqs: int, sm_count: int) -> int:
+        """Merge: a warp for each sequence and head, as long as the card holds them all at once."""
+        wanted = -(-num_seqs * self.num_heads // self.num_warps)
+        return min(wanted, sm_count * MERGE_BLOCKS)
 
     @property
     def _units(self) -> int:
@@ -126,22 +139,32 @@ def decode_shape(
 ) -> AttentionShape:
     """One query per sequence: as many warps, each with its own stages, as shared memory holds."""
     _check_heads(num_heads, num_kv_heads, head_dim)
-    lists = 4 * (3 * num_seqs + 1)
+    group = num_heads // num_kv_heads
+    lists = 4 * (3 * num_seqs + 1) + 2 * num_seqs
     is_small = num_seqs * num_kv_heads <= FEW_DECODE_ITEMS
     num_stages = FEW_DECODE_STAGES if is_small else DECODE_STAGES
-    warp_bytes = num_stages * _stage_bytes(head_dim)
-    num_warps = (device.max_shared_memory - _STATIC_SHARED_BYTES - lists) // warp_bytes
-    if num_warps < 1:
+    query_bytes = min(group, MMA_ROWS) * head_dim * 2
+    warp_bytes = num_stages * (_stage_bytes(head_dim) + query_bytes)
+    room = device.max_shared_memory - _STATIC_SHARED_BYTES - lists
+    if room < warp_bytes:
         raise DeviceError(
             f"Attention over {num_seqs} sequences needs {warp_bytes + lists:,} bytes of shared "
             f"memory and {device.name} has {device.max_shared_memory:,}; lower "
             "engine.max_num_seqs."
         )
-    num_warps = min(num_warps, MAX_DECODE_WARPS, _DECODE_WARPS_TIMES_HEAD_DIM // head_dim)
-    shared_bytes = num_warps * warp_bytes + lists
+    most_warps = min(MAX_DECODE_WARPS, _DECODE_WARPS_TIMES_HEAD_DIM // head_dim)
+    num_warps = min(room // warp_bytes, most_warps)
+    item_bytes = 4 * _item_floats(group, head_dim)
+    units = num_kv_heads * -(-group // MMA_ROWS)
+    whole_runs = WHOLE_RUNS and num_seqs * units >= RUNS_PER_WARP * device.sm_count * num_warps
+    if whole_runs:
+        num_warps = min(num_warps, max(room // (warp_bytes + item_bytes), 1))
+        whole_runs = room >= warp_bytes + item_bytes
+    kept_bytes = item_bytes if whole_runs else 0
+    shared_bytes = num_warps * (warp_bytes + kept_bytes) + lists
     heads = (num_heads, num_kv_heads, head_dim)
     shape = (num_warps, 0, num_stages, 1, shared_bytes)
-    return AttentionShape("attention_decode", *heads, *shape)
+    return AttentionShape("attention_decode", *heads, *shape, whole_runs=whole_runs)
 
 
 def merge_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> AttentionShape:
@@ -166,7 +189,7 @@ def wgmma_prefill_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> Att
     Registers are moved between groups of four warps, so the loading warp comes with three idle.
     """
     _check_heads(num_heads, num_kv_heads, head_dim)
-    num_warps = 12 if head_dim <= 96 else 8
+    num_warps = _wgmma_warps(head_dim)
     parked = num_warps * (head_dim // 8 + 1) * _WARP * 16
     shared_bytes = WGMMA_STAGES * _stage_bytes(head_dim) + parked + _WGMMA_BARRIER_BYTES
     heads = (num_heads, num_kv_heads, head_dim)
@@ -174,13 +197,46 @@ def wgmma_prefill_shape(num_heads: int, num_kv_heads: int, head_dim: int) -> Att
     return AttentionShape("attention_prefill_sm90a", *heads, *shape, 4, "sm_90a")
 
 
+def shared_shape(
+    device: Device, num_heads: int, num_kv_heads: int, head_dim: int
+) -> AttentionShape:
+    """Splits that decoding sequences share, on sm_90: teams of four warps, 64 rows each.
+
+    Registers are moved between groups of four warps: one more is made up of those that load.
+    """
+    _check_heads(num_heads, num_kv_heads, head_dim)
+    num_warps = _wgmma_warps(head_dim)
+    rows = min(CHUNK_MEMBERS * (num_heads // num_kv_heads), _TEAM_ROWS)
+    room = device.max_shared_memory // (num_warps // 4) - rows * head_dim * 2 - _DESK_BYTES
+    tile_bytes = _stage_bytes(head_dim) // 2
+    num_stages = min(room // tile_bytes, MAX_SHARED_STAGES)
+    team_bytes = num_stages * tile_bytes + rows * head_dim * 2 + _DESK_BYTES
+    heads = (num_heads, num_kv_heads, head_dim)
+    shape = (num_warps, 0, num_stages, 1, num_warps // 4 * team_bytes)
+    return AttentionShape("attention_shared_sm90a", *heads, *shape, 4, "sm_90a")
+
+
+def has_wgmma(device: Device) -> bool:
+    """Whether kernels with wgmma stand in for the generic ones."""
+    return USE_WGMMA and device.compute_capability == (9, 0)
+
+
 def best_prefill_shape(
     device: Device, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> AttentionShape:
     """The fastest kernel that this card has for several queries per sequence; bits are the same."""
-    use_wgmma = USE_WGMMA and device.compute_capability == (9, 0)
-    shape = wgmma_prefill_shape if use_wgmma else prefill_shape
+    shape = wgmma_prefill_shape if has_wgmma(device) else prefill_shape
     return shape(num_heads, num_kv_heads, head_dim)
+
+
+def _wgmma_warps(head_dim: int) -> int:
+    """That own rows: as many as registers allow."""
+    return 12 if head_dim <= 96 else 8
+
+
+def _item_floats(group: int, head_dim: int) -> int:
+    """What is left of one split of a KV head's rows: see kernels/attention_partials.cuh."""
+    return -(-min(group, MMA_ROWS) * (head_dim + 2) // 4) * 4
 
 
 def _stage_bytes(head_dim: int) -> int:

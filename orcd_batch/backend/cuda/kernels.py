@@ -12,11 +12,14 @@ import numpy as np
 
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
 from orcd_batch.backend.cuda.attention import (
+    RUN_SPLITS,
     SPLIT_TILES,
     AttentionShape,
     best_prefill_shape,
     decode_shape,
+    has_wgmma,
     merge_shape,
+    shared_shape,
 )
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.placed_batch import PlacedBatch
@@ -137,26 +140,34 @@ class ForwardKernels:
         partials = self.workspace.take("attention_partials", (num_floats,), FP32)
         shared = batch.shared
         assert shared is not None, "attention needs sequences"
-        chunks = (shared.members, shared.chunk_start, shared.chunk_split)
-        who = (shared.num_shared, shared.num_chunks, *chunks)
-        self._attend(decode, self.device.sm_count, (*args, partials, *who))
-        if max_blocks > SPLIT_TILES:
+        chunks = (shared.num_chunks, shared.members, shared.chunk_start, shared.chunk_split)
+        chunks_done = batch.has_chunks and has_wgmma(self.device)
+        if chunks_done:
+            kernel = shared_shape(self.device, *heads)
+            maps = (tile_map(cache.keys), tile_map(cache.values))
+            leading = (*maps, q, *sequences, batch.block_tables, out, *sizes[1:])
+            self._attend(kernel, self.device.sm_count, (*leading, partials, *chunks))
+        runs = (shared.num_shared, int32(decode.whole_runs))
+        tail = (partials, *runs, int32(chunks_done), *chunks)
+        self._attend(decode, self.device.sm_count, (*args, *tail))
+        most_splits = RUN_SPLITS if decode.whole_runs and not batch.has_chunks else 1
+        if max_blocks > most_splits * SPLIT_TILES:
             merge = merge_shape(*heads)
-            num_warp_groups = merge.num_merge_blocks(num_seqs)
-            self._attend(merge, num_warp_groups, (partials, *sequences, out, *sizes))
+            num_warp_groups = merge.num_merge_blocks(num_seqs, self.device.sm_count)
+            self._attend(merge, num_warp_groups, (partials, *sequences, out, *sizes, *runs))
         if num_tokens > num_seqs:
             prefill = best_prefill_shape(self.device, *heads)
             num_long = num_seqs - batch.num_leading
             row_blocks = prefill.num_row_blocks(num_tokens - batch.num_leading, num_long)
-            tail = (*batch.long_sequences, out, int32(num_long), *sizes[1:])
+            longer = (*batch.long_sequences, out, int32(num_long), *sizes[1:])
             if prefill.loader_warps:
                 maps = (tile_map(cache.keys), tile_map(cache.values))
                 num_blocks = min(row_blocks * num_kv_heads, self.device.sm_count)
                 caches = (*maps, q, cache.values)
-                self._attend(prefill, num_blocks, (*caches, *tail, int32(row_blocks)))
+                self._attend(prefill, num_blocks, (*caches, *longer, int32(row_blocks)))
             else:
                 grid = (row_blocks, num_kv_heads)
-                self._attend(prefill, grid, (q, cache.keys, cache.values, *tail))
+                self._attend(prefill, grid, (q, cache.keys, cache.values, *longer))
         return out
 
     def take_rows(self, x: DeviceArray, rows: DeviceArray) -> DeviceArray:

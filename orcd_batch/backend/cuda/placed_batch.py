@@ -15,10 +15,12 @@ from orcd_batch.backend.ops import Batch
 @dataclass(frozen=True, slots=True)
 class PlacedBatch(Batch):
     """num_leading: sequences of one token at the front, which attention need not look for among
-    the longer ones. shared: which splits decoding sequences share; None without sequences."""
+    the longer ones. shared: which splits decoding sequences share; None without sequences.
+    has_chunks: whether there are any."""
 
     num_leading: int
     shared: SharedSplits | None = None
+    has_chunks: bool = False
 
     @property
     def long_sequences(self) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
@@ -40,7 +42,8 @@ def place_batch(staging: Staging, batch: Batch, shared: SharedSplits | None = No
     placed = staging.place("batch", arrays)
     on_device = None if shared is None else SharedSplits(*placed[len(names) :])
     fields = dict(zip(names, placed, strict=False))
-    return PlacedBatch(**fields, num_leading=num_leading, shared=on_device)
+    has_chunks = shared is not None and not shared.is_empty
+    return PlacedBatch(**fields, num_leading=num_leading, shared=on_device, has_chunks=has_chunks)
 
 
 def batch_bytes(max_tokens: int, max_seqs: int, max_blocks: int) -> int:

@@ -67,7 +67,7 @@ def _expanded(file: str) -> str:
 
 def waits_by_itself(name: str) -> bool:
     """Whether the kernel calls wait_for_previous (see common.cuh)."""
-    return "    wait_for_previous();" in (kernel_dir() / f"{name}.cu").read_text()
+    return " wait_for_previous();" in (kernel_dir() / f"{name}.cu").read_text()
 
 
 def compile_options() -> dict[str, Any]:

@@ -65,13 +65,15 @@ class Steps:
         self, compute: Compute, batch: Batch, sampling: SampleBatch | None
     ) -> Launched | None:
         """See `backend.ops.Ops.launch`."""
-        key: Hashable = None
+        key: tuple[Hashable, ...] | None = None
         if sampling is not None and self._is_recorded and is_decode(batch, sampling):
             num_seqs = self._sizes[bisect_left(self._sizes, len(batch.context_lens))]
             width = table_width(batch.block_tables.shape[1], self._max_blocks)
             batch, sampling = pad_decode(batch, num_seqs, width), pad_sampling(sampling, num_seqs)
             key = (compute, num_seqs, width)
         placed = place_batch(self._staging, batch, self.shared_splits.find(batch))
+        if key is not None:
+            key = (*key, placed.has_chunks)  # other kernels
         self._feed_back(batch.token_ids, placed.token_ids)
         parameters = None
         if sampling is not None:
