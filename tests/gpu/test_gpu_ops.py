@@ -265,7 +265,7 @@ def test_gated_linear_is_the_twins_activation_of_the_rounded_product(
     ops: Any, size: int, k: int, num_tokens: int
 ) -> None:
     x = put(ops, "x", normal([29, k], num_tokens, k).astype(np.float16))
-    weight = put(ops, "w", (normal([30, k], 2 * size, k) * 0.1).astype(np.float16))
+    weight = put(ops, f"w_{size}", (normal([30, k], 2 * size, k) * 0.1).astype(np.float16))
     product = ops.to_host(ops.linear(x, weight))
     assert_rounded(ops.to_host(ops.gated_linear(x, weight)), swiglu(product), ulps=1.02)
 
