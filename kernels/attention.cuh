@@ -117,13 +117,15 @@ struct Rows {
         }
     }
 
-    // keys, values: shared addresses of the tile. visible(i, half, key): whether row `half` of row
-    // tile i sees key `key` of the tile; asked only when all_visible is false. turn: see Turn.
-    template <class Visible, class OnTurn = Turn>
-    __device__ __forceinline__ void attend(u32 keys, u32 values, bool all_visible, Visible visible,
-                                           float scale, OnTurn turn = OnTurn()) {
+    // Scores of all rows against a tile of keys at a shared address.
+    __device__ __forceinline__ void score(float (&s)[TILES][TILE / 8][4], u32 keys) const {
         const int lane = threadIdx.x % WARP;
-        float s[TILES][TILE / 8][4] = {};
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+#pragma unroll
+            for (int n = 0; n < TILE / 8; ++n)
+#pragma unroll
+                for (int v = 0; v < 4; ++v) s[i][n][v] = 0.0f;
 #pragma unroll
         for (int k = 0; k < K_STEPS; ++k)
 #pragma unroll
@@ -137,6 +139,16 @@ struct Rows {
                     mma_k16(s[i][2 * pair + 1], q[i][k], b[2], b[3]);
                 }
             }
+    }
+
+    // keys, values: shared addresses of the tile. visible(i, half, key): whether row `half` of row
+    // tile i sees key `key` of the tile; asked only when all_visible is false. turn: see Turn.
+    template <class Visible, class OnTurn = Turn>
+    __device__ __forceinline__ void attend(u32 keys, u32 values, bool all_visible, Visible visible,
+                                           float scale, OnTurn turn = OnTurn()) {
+        const int lane = threadIdx.x % WARP;
+        float s[TILES][TILE / 8][4];
+        score(s, keys);
         turn.after_keys();
 
         u32 p[TILES][TILE / 8][2];
@@ -176,6 +188,22 @@ struct Rows {
                         s[n][2 * half + v] = minus_infinity();
     }
 
+    // Row `half` of scores to weights; their sum over this lane's.
+    static __device__ __forceinline__ float weigh(const float (&s)[TILE / 8][4],
+                                                  u32 (&p)[TILE / 8][2], int half, float origin,
+                                                  float scale) {
+        const float shift = -__fmul_rn(origin, scale);
+        float added = 0.0f;
+#pragma unroll
+        for (int n = 0; n < TILE / 8; ++n) {
+            const float left = exp2_hardware(__fmaf_rn(s[n][2 * half], scale, shift));
+            const float right = exp2_hardware(__fmaf_rn(s[n][2 * half + 1], scale, shift));
+            added = __fadd_rn(added, __fadd_rn(left, right));
+            p[n][half] = to_f16x2(left, right);
+        }
+        return added;
+    }
+
     // Scores to weights: the running maximum and sum move on, o is rescaled.
     __device__ __forceinline__ void soften(const float (&s)[TILE / 8][4], u32 (&p)[TILE / 8][2],
                                            int i, float scale) {
@@ -189,15 +217,7 @@ struct Rows {
             top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
             const float origin = top == minus_infinity() ? 0.0f : top;
             const float keep = exp2_hardware(__fmul_rn(__fsub_rn(max[i][half], origin), scale));
-            const float shift = -__fmul_rn(origin, scale);
-            float added = 0.0f;
-#pragma unroll
-            for (int n = 0; n < TILE / 8; ++n) {
-                const float left = exp2_hardware(__fmaf_rn(s[n][2 * half], scale, shift));
-                const float right = exp2_hardware(__fmaf_rn(s[n][2 * half + 1], scale, shift));
-                added = __fadd_rn(added, __fadd_rn(left, right));
-                p[n][half] = to_f16x2(left, right);
-            }
+            const float added = weigh(s, p, half, origin, scale);
             max[i][half] = top;
             sum[i][half] = __fmaf_rn(sum[i][half], keep, added);
 #pragma unroll

@@ -157,14 +157,19 @@ __device__ __forceinline__ u64 warp_sum(u64 x) {
     return x;
 }
 
-// Sum over the block, in warp order; `scratch` holds one float per warp, and every thread gets the
-// result. All threads of the block must call it.
-template <int NUM_WARPS>
+// Threads that wait for each other: all of a block, unless a kernel has another group of its own.
+struct WholeBlock {
+    static __device__ __forceinline__ void wait() { __syncthreads(); }
+};
+
+// Sum over a group's first NUM_WARPS warps, in warp order; `scratch` holds one float per warp, and
+// every thread gets the result. All threads of the group must call it.
+template <int NUM_WARPS, class Group = WholeBlock>
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
     x = warp_sum(x);
-    __syncthreads();
+    Group::wait();
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
-    __syncthreads();
+    Group::wait();
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < NUM_WARPS; ++warp) total += scratch[warp];
@@ -185,36 +190,42 @@ __device__ __forceinline__ float exp2_hardware(float x) {
 // thread's columns ascending, lanes by butterfly, warps ascending: fixed by COLUMNS and
 // BLOCK_THREADS.
 
-template <int COLUMNS, int BLOCK_THREADS>
+template <int COLUMNS, int BLOCK_THREADS, class Group = WholeBlock>
 struct NormRow {
     static_assert(COLUMNS % 4 == 0, "whole vectors of four columns");
     static constexpr int VECTORS = COLUMNS / 4;
     static constexpr int HELD = (VECTORS + BLOCK_THREADS - 1) / BLOCK_THREADS;
     float4 x[HELD];
 
-    __device__ __forceinline__ void load(const float* row) {
+    __device__ __forceinline__ void load(const float* row) { load(x, row); }
+
+    static __device__ __forceinline__ void load(float4 (&to)[HELD], const float* row) {
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             const int v = threadIdx.x + i * BLOCK_THREADS;
-            x[i] = v < VECTORS ? ((const float4*)row)[v] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            to[i] = v < VECTORS ? ((const float4*)row)[v] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
     }
 
     // y = x / sqrt(mean(x^2) + eps) * weight, rounded to fp16.
     __device__ __forceinline__ void normalize(const float* weight, float eps, f16* y) {
-        __shared__ float scratch[BLOCK_THREADS / WARP];
         float4 w[HELD];
+        load(w, weight);
+        normalize(w, eps, y);
+    }
+
+    __device__ __forceinline__ void normalize(const float4 (&w)[HELD], float eps, f16* y) {
+        __shared__ float scratch[BLOCK_THREADS / WARP];
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
-            const int v = threadIdx.x + i * BLOCK_THREADS;
-            w[i] = v < VECTORS ? ((const float4*)weight)[v] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             sum = __fmaf_rn(x[i].x, x[i].x, sum);
             sum = __fmaf_rn(x[i].y, x[i].y, sum);
             sum = __fmaf_rn(x[i].z, x[i].z, sum);
             sum = __fmaf_rn(x[i].w, x[i].w, sum);
         }
-        const float mean = __fdiv_rn(block_sum<BLOCK_THREADS / WARP>(sum, scratch), (float)COLUMNS);
+        const float total = block_sum<BLOCK_THREADS / WARP, Group>(sum, scratch);
+        const float mean = __fdiv_rn(total, (float)COLUMNS);
         // mean * 0 is 0, or NaN where the sum overflowed: that must show, not become zeros.
         const float scale = __fadd_rn(__frsqrt_rn(__fadd_rn(mean, eps)), __fmul_rn(mean, 0.0f));
 #pragma unroll

@@ -49,6 +49,23 @@ __device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int c
         : "memory");
 }
 
+// The box whose first element is (panel, row, column) of panels of columns, for which the L2 cache
+// follows `policy`.
+__device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, int column, int row,
+                                         int panel, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared),
+        "l"((u64)&map), "r"(column), "r"(row), "r"(panel), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// This block may use a map that lies in device memory, written before the launch.
+__device__ __forceinline__ void acquire_map(const TensorMap& map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"((u64)&map)
+                 : "memory");
+}
+
 // The same, to the same place in the blocks of the cluster that `blocks` has bits for; each one's
 // bytes count for its own barrier at that place.
 __device__ __forceinline__ void copy_box_to_blocks(u32 shared, const TensorMap& map, int column,

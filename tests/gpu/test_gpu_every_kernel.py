@@ -21,9 +21,16 @@ from orcd_batch.config import EngineOptions
 from orcd_batch.engine.request import Request
 from orcd_batch.engine_factory import OpenModel, build_engine, choose_engine
 
-# Head dims 96 and 64; with biases and grouped heads, without, and with a sliding window.
+# Head dims 96 and 64; with biases and grouped heads, without, and with a sliding window. Only the
+# first has a vocabulary of whole tiles, which a step as one kernel needs.
 MODELS: dict[str, dict[str, Any]] = {
-    "phi3": {"hidden_size": 192, "num_heads": 2, "num_kv_heads": 2, "tensor_type": "Q4_0"},
+    "phi3": {
+        "hidden_size": 192,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "tensor_type": "Q4_0",
+        "tokenizer": "llama",
+    },
     "qwen2": {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 1, "tensor_type": "Q4_K"},
     "llama": {"hidden_size": 128, "num_heads": 1, "num_kv_heads": 1, "sliding_window": 70},
 }

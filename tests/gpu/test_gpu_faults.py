@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,25 +38,48 @@ CudaOps.gated_linear = faulty
 sys.exit(cli.main(sys.argv[1:]))
 """
 
+# The command line with a step kernel whose blocks lose patience as soon as they have to wait.
+IMPATIENT_RUN = """
+import sys
+from orcd_batch import cli
+from orcd_batch.backend.cuda import few_rows_step
 
-def test_an_illegal_address_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
-    model = tmp_path / "tiny.gguf"
-    write_model(model, num_layers=1, hidden_size=64, num_heads=1, num_kv_heads=1,
-                intermediate_size=64, context_length=128)  # fmt: skip
-    pq.write_table(pa.table({"prompt": ["one", "two"]}), tmp_path / "in.parquet")
-    options = (f'model.path="{model}"', f'data="{tmp_path}/in.parquet"', "output=out.parquet")
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTY_RUN, "model=smollm2", "engine=cuda", "model.chat=false",
-         "engine.kv_cache_bytes=100000000", *options],
-        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+few_rows_step.SPIN_LIMIT = 1
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def run_program(program: str, folder: Path, **model: Any) -> subprocess.CompletedProcess[str]:
+    """The command line, changed by `program`, over two prompts."""
+    facts = {"num_layers": 1, "hidden_size": 64, "num_heads": 1, "num_kv_heads": 1,
+             "intermediate_size": 64, "context_length": 128, **model}  # fmt: skip
+    write_model(folder / "tiny.gguf", **facts)
+    pq.write_table(pa.table({"prompt": ["one", "two"]}), folder / "in.parquet")
+    options = (f'model.path="{folder}/tiny.gguf"', f'data="{folder}/in.parquet"')
+    return subprocess.run(
+        [sys.executable, "-c", program, "model=smollm2", "engine=cuda", "model.chat=false",
+         "engine.kv_cache_bytes=100000000", "output=out.parquet", *options],
+        capture_output=True, text=True, cwd=folder, timeout=120,
         env={**os.environ, "PYTHONPATH": f"{REPO_ROOT}:{':'.join(sys.path)}"},
     )  # fmt: skip
+
+
+def test_an_illegal_address_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    done = run_program(FAULTY_RUN, tmp_path)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     said = next(line for line in done.stderr.splitlines() if line.startswith("orcd-batch: "))
     assert said.startswith("orcd-batch: The GPU reported CUDA_ERROR_ILLEGAL_ADDRESS"), said
     assert said.endswith("Run the same command again; if it fails again, test the card.")
     assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_step_whose_blocks_wait_too_long_ends_the_run_instead_of_hanging(tmp_path: Path) -> None:
+    facts = {"hidden_size": 128, "intermediate_size": 256, "tokenizer": "llama"}
+    done = run_program(IMPATIENT_RUN, tmp_path, **facts)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "orcd-batch: The GPU reported CUDA_ERROR_" in done.stderr, done.stderr[-3000:]
 
 
 def test_closing_after_a_fault_tries_everything_and_tells_the_first_failure() -> None:

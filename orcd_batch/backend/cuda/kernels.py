@@ -190,8 +190,7 @@ class ForwardKernels:
     def _norm(self, x: DeviceArray) -> tuple[DeviceArray, int, dict[str, int]]:
         hidden = _vectorized("hidden size", x.shape[1])
         y = self.workspace.take("norm", x.shape, FP16)
-        vectors = hidden // 4
-        threads = _warps(-(-vectors // -(-vectors // MAX_NORM_THREADS)), MAX_NORM_THREADS)
+        threads = norm_threads(hidden)
         return y, threads, {"HIDDEN": hidden, "THREADS": threads}
 
     def _attend(
@@ -213,6 +212,12 @@ class ForwardKernels:
         if grid == 0 or (isinstance(grid, tuple) and 0 in grid):
             return
         self.kernels.launch(self.kernels.get(name, defines, arch), grid, block, args, shared_bytes)
+
+
+def norm_threads(hidden_size: int) -> int:
+    """Threads of a row's norm, which fix the order of its sum."""
+    vectors = hidden_size // 4
+    return _warps(-(-vectors // -(-vectors // MAX_NORM_THREADS)), MAX_NORM_THREADS)
 
 
 def _rows_buffer(dtype: np.dtype[Any]) -> str:

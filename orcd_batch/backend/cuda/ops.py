@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from orcd_batch.backend.cuda.array import FP16, DeviceArray
 from orcd_batch.backend.cuda.closing import close_all
 from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.few_rows_step import FewRowsStep
 from orcd_batch.backend.cuda.kernels import ForwardKernels
 from orcd_batch.backend.cuda.linear import Linear
 from orcd_batch.backend.cuda.loader import Loader
@@ -50,6 +51,8 @@ class CudaOps(ForwardKernels):
         self.sampling = Sampling(self.device, self.kernels, self.workspace, self.staging)
         self.steps = Steps(self.device, self.kernels, self.staging, self.sampling)
         self.steps.graphs = graphs
+        self._few_rows_step = FewRowsStep(self)
+        self.steps.whole = self._few_rows_step
         self._loader = Loader(self.device, self.kernels)
         self._linear = Linear(self.device, self.kernels, self.workspace)
         self._op_times = OpTimes(self.device) if time_ops else None
@@ -169,6 +172,7 @@ class CudaOps(ForwardKernels):
             self.workspace.reserve(name, num_bytes)
         self._linear.prepare(shape, max_num_batched_tokens, max_num_seqs)
         self.workspace.freeze()
+        self._few_rows_step.prepare(shape)
         self.steps.prepare(max_num_seqs, -(-shape.max_model_len // BLOCK_SIZE))
 
     def manifest(self) -> dict[str, Any]:
@@ -180,6 +184,7 @@ class CudaOps(ForwardKernels):
             "cuda": self.device.cuda_version,
             **self.kernels.manifest(),
             "linear": self._linear.manifest(),
+            "few_rows_step": self._few_rows_step.manifest(),
             "loading": self._loader.statistics(),
             "memory_by_use": self.device.memory_by_use(),
             "op_times": self.op_times(),
@@ -195,4 +200,5 @@ class CudaOps(ForwardKernels):
         max_blocks = -(-shape.max_model_len // BLOCK_SIZE)
         buffers["batch"] = batch_bytes(max_tokens, max_seqs, max_blocks)
         buffers["copies"] = 12 * max_seqs + 16
+        buffers.update(self._few_rows_step.buffers(shape))
         return buffers

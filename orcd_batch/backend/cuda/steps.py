@@ -3,7 +3,8 @@
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,18 @@ class Launched:
     num_rows: int
 
 
+class WholeStep(Protocol):
+    """Another way to run a decode step; see `few_rows_step.FewRowsStep`."""
+
+    def serves(self, num_rows: int, table_width: int) -> bool: ...
+
+    def is_proven(self, num_rows: int, table_width: int) -> bool: ...
+
+    def judge(self, num_rows: int, table_width: int, is_equal: bool) -> None: ...
+
+    def run(self, batch: Any, work: Callable[[], Any]) -> Any: ...
+
+
 class Steps:
     """Launches steps and collects their results, in order.
 
@@ -55,6 +68,7 @@ class Steps:
         self._max_blocks = 0
         self._tokens: DeviceArray | None = None
         self.graphs = True
+        self.whole: WholeStep | None = None
 
     def prepare(self, max_seqs: int, max_blocks: int) -> None:
         """From here on work buffers keep their addresses, so that steps can be recorded."""
@@ -79,7 +93,10 @@ class Steps:
         if sampling is not None:
             parameters = self._sampling.place(sampling)
             self._feed_back(sampling.seen_ids, parameters.seen_ids)
-        sampled = self.recordings.run(key, lambda: compute(placed, parameters))
+        work: Callable[[], Any] = partial(compute, placed, parameters)
+        if key is not None:
+            work = self._best(work, placed)
+        sampled = self.recordings.run(key, work)
         if sampled is None:
             return None
         self._tokens = sampled.token_ids
@@ -110,6 +127,21 @@ class Steps:
     @property
     def _is_recorded(self) -> bool:
         return self.graphs and bool(self._sizes)
+
+    def _best(self, work: Callable[[], Any], batch: Batch) -> Callable[[], Any]:
+        """The decode step as one kernel where that is possible and its first results were equal."""
+        whole, (num_rows, width) = self.whole, batch.block_tables.shape
+        if whole is None or not whole.serves(num_rows, width):
+            return work
+        as_one = partial(whole.run, batch, work)
+        if not whole.is_proven(num_rows, width):
+            expected, found = (self._results(how()) for how in (work, as_one))
+            whole.judge(num_rows, width, expected == found)
+        return as_one if whole.serves(num_rows, width) else work
+
+    def _results(self, sampled: Sampled) -> bytes:
+        """What was sampled, and the fingerprints of all logits."""
+        return self._sampling.download(sampled).wait().tobytes()
 
     def _feed_back(self, ids: NDArray[np.int32], placed: DeviceArray) -> None:
         """Puts the tokens of the step launched before in place of the ids that stand for them."""

@@ -16,6 +16,7 @@ from orcd_batch.backend.cuda.driver import call
 from orcd_batch.errors import DeviceError
 
 _ROWS = 64
+_PANEL = 64
 _VECTOR = 8
 # CUtensorMapDataType, CUtensorMapSwizzle by bytes of a row, CUtensorMapL2promotion.
 _FLOAT16 = 6
@@ -53,27 +54,47 @@ def box_map(ptr: int, num_rows: int, num_columns: int, rows: int, columns: int) 
 
     Raises DeviceError when the driver refuses.
     """
+    sizes, strides = (num_columns, num_rows), (num_columns * 2,)
+    return _encode(ptr, sizes, strides, (columns, rows), _SWIZZLE[columns * 2])
+
+
+@lru_cache(maxsize=4096)
+def weight_map(ptr: int, num_rows: int, num_columns: int) -> TensorMap:
+    """A (num_rows, num_columns) fp16 matrix in boxes of 8 rows of 4 panels of 64 columns.
+
+    Raises DeviceError when the driver refuses.
+    """
+    sizes = (_PANEL, num_rows, num_columns // _PANEL)
+    strides = (num_columns * 2, _PANEL * 2)
+    return _encode(ptr, sizes, strides, (_PANEL, 8, 4), _SWIZZLE[_PANEL * 2])
+
+
+def _encode(
+    ptr: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: int
+) -> TensorMap:
+    """sizes, box: elements, the innermost first. strides: bytes, of all but the innermost."""
     room = (ctypes.c_uint64 * 24)()
     start = -ctypes.addressof(room) % 64
     encoded = TensorMap.from_buffer(room, start)
+    rank = len(sizes)
     status = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
         ctypes.byref(encoded),
         ctypes.c_int(_FLOAT16),
-        ctypes.c_uint32(2),
+        ctypes.c_uint32(rank),
         ctypes.c_void_p(ptr),
-        (ctypes.c_uint64 * 2)(num_columns, num_rows),
-        (ctypes.c_uint64 * 1)(num_columns * 2),
-        (ctypes.c_uint32 * 2)(columns, rows),
-        (ctypes.c_uint32 * 2)(1, 1),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         ctypes.c_int(0),
-        ctypes.c_int(_SWIZZLE[columns * 2]),
+        ctypes.c_int(swizzle),
         ctypes.c_int(_PROMOTE_256_BYTES),
         ctypes.c_int(0),
     )
     if status:
         raise DeviceError(
-            f"The driver cannot describe {num_rows:,} rows of {num_columns} fp16 values at "
-            f"{ptr:#x} to the copy engine: error {status}."
+            f"The driver cannot describe {sizes[1]:,} rows of fp16 values at {ptr:#x} to the copy "
+            f"engine, in boxes of {box}: error {status}."
         )
     return encoded
 
