@@ -4,7 +4,7 @@
 //            what it reads (rms_norm's, attention's or swiglu's result), which it leaves as
 //            fp32, fp16, added to fp32, or gated (swiglu); or attention of one layer
 //            (rope_and_cache, attention_decode and attention_merge)
-// layout:    program: see Instruction, written by backend/cuda/few_rows_step.py; maps: the weights of
+// layout:    program: see Instruction, written by backend/cuda/step_program.py; maps: the weights of
 //            its products in turn; what an instruction leaves for the next are packets (packets.cuh),
 //            tagged with its number, which counts on from step to step; the rest as in the kernels
 //            named
@@ -18,13 +18,13 @@
 //            anything of it, and nothing that is left is read by nobody. (2) So whoever leaves a
 //            packet of instruction i knows, down the chain of those who left what it has read, that
 //            all readers of instruction i - 3 have read, and i - 2 where i and i - 1 are products.
-//            (3) Instruction i writes over i - 2 or i - 3 (residual: down, o) or over i - 5. Tags repeat
-//            after 2^32 steps. tests/test_backend_cuda_packets.py plays it with slow blocks
+//            (3) Instruction i writes over i - 2 or i - 3 (residual: down, o) or over i - 5. A tag comes
+//            back after 2^32 instructions, millions of steps, in which its packet is written again. tests/test_backend_cuda_packets.py plays it with slow blocks
 // macros:    those of attention.cuh, HIDDEN (C), INTERMEDIATE (F), STAGE_K (256), COPIERS,
 //            NORM_THREADS (rms_norm's THREADS), SPIN_LIMIT (see packets.cuh)
 // bound by:  bytes of w; latency of the instructions beyond what the ring holds
-// order:     that of the kernels named: norm, gate, rotary embedding and attention are their code, a
-//            product is few_rows' chain; who computes a value changes no bit
+// order:     that of the kernels named: norm, gate and rotary embedding are their code, attention and the
+//            products' chains follow the same order; who computes a value changes no bit
 // architectures: sm_90a
 // generic twin: the kernels named, one launch each
 // compile:   NUM_HEADS=32 NUM_KV_HEADS=32 HEAD_DIM=96 HIDDEN=3072 INTERMEDIATE=8192 WARPS=8 COPIERS=4 STAGE_K=256 NORM_THREADS=256 MIN_BLOCKS=1 SPIN_LIMIT=16777216
@@ -76,7 +76,7 @@ struct Instruction {
     };
     f16* values;
 };
-static_assert(sizeof(Instruction) == 64, "as few_rows_step.py writes it");
+static_assert(sizeof(Instruction) == 64, "as step_program.py writes it");
 
 __device__ __forceinline__ int size_of_k(int op) {
     return op == ATTENTION ? ATTENDED : op == SWIGLU ? INTERMEDIATE : HIDDEN;
@@ -106,37 +106,6 @@ struct Team {
 };
 
 __device__ __forceinline__ int stages_of(int k) { return (k + STAGE_K - 1) / STAGE_K; }
-
-// Calls visit(map, row, panel, position) for every `stride`-th slot of the block's weights in the order
-// of their use, from the first-th on.
-template <class Visit>
-__device__ __forceinline__ void for_each_slot(const Instruction* program, int num_instructions,
-                                              const TensorMap* maps, int first, int stride,
-                                              Visit visit) {
-    int position = first;
-    int before = 0;  // slots of the stages before
-#pragma unroll 1
-    for (int i = 0; i < num_instructions; ++i) {
-        const Instruction& now = program[i];
-        if (now.op == ATTEND) continue;
-        const TensorMap& w = *maps++;
-        const int num_stages = stages_of(size_of_k(now.op));
-        const int parts = now.output == GATED ? 2 : 1;
-        const Share share = now.share;
-        for (int start = 0; start < share.count; start += share.chains) {
-            const int active = min((int)share.chains, share.count - start);
-            for (int part = 0; part < parts; ++part) {
-                const int tile = share.first + start + part * now.num_units;
-#pragma unroll 1
-                for (int stage = 0; stage < num_stages; ++stage) {
-                    for (; position < before + active; position += stride)
-                        visit(w, (tile + position - before) * TILE_N, stage * STAGE_GROUPS, position);
-                    before += active;
-                }
-            }
-        }
-    }
-}
 
 // How far each copier is, in shared memory.
 struct alignas(16) Progress {

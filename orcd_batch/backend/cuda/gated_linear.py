@@ -100,7 +100,10 @@ def gated_linear(
 
 
 def swiglu(kernels: Kernels, gate_up: DeviceArray, y: DeviceArray) -> None:
-    """Queues y (M, F) from gate_up (M, 2F), fp16, gate first. Raises DeviceError for an odd F."""
+    """Queues y (M, F) from gate_up (M, 2F), fp16, gate first.
+
+    Raises DeviceError where F is no multiple of 8.
+    """
     num_rows, size = y.shape
     if size % _VECTOR:
         raise DeviceError(
