@@ -1,6 +1,7 @@
 """The scheduled chunks as the arrays that the ops take."""
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +14,52 @@ _INT32_MAX = 2**31 - 1
 _NO_IDS = np.zeros(0, np.int32)
 
 
+class StepArrays:
+    """Makes the arrays of one step after the other; what the same sequences as in the step before
+    bring along unchanged is not made again."""
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+        self._block_tables = np.zeros((0, 0), np.int32)
+        self._sampling: list[Sequence] = []
+        self._sample_batch: SampleBatch | None = None
+
+    def batch(self, chunks: Items[Chunk]) -> Batch:
+        """See `make_batch`."""
+        sequences = [chunk.sequence for chunk in chunks]
+        if sequences != self._sequences:  # a sequence is equal to itself alone
+            self._sequences, self._block_tables = sequences, _block_tables(sequences)
+        return _make_batch(chunks, self._block_tables)
+
+    def sample_batch(self, sequences: list[Sequence]) -> SampleBatch:
+        """See `make_sample_batch`."""
+        known = self._sample_batch
+        if known is None or sequences != self._sampling:
+            self._sampling = sequences
+            self._sample_batch = known = make_sample_batch(sequences)
+            return known
+        return replace(known, position=_positions(sequences), **_seen(sequences))
+
+
 def make_batch(chunks: Items[Chunk]) -> Batch:
     """One step's tokens; logits_rows names the last token of every chunk that gives logits.
 
     When none does, the last token of the step is named, so that R is never 0. A token that is
     still on the device is named by its row, as `Batch` says.
     """
+    return _make_batch(chunks, _block_tables([chunk.sequence for chunk in chunks]))
+
+
+def _make_batch(chunks: Items[Chunk], block_tables: NDArray[np.int32]) -> Batch:
     lengths = np.array([chunk.num_tokens for chunk in chunks], np.int32)
     query_start = np.zeros(len(chunks) + 1, np.int32)
     np.cumsum(lengths, out=query_start[1:])
     token_ids: list[int] = []
     for chunk in chunks:
         sequence = chunk.sequence
+        if sequence.num_pending and chunk.num_tokens == 1:
+            token_ids.append(_pending(sequence))
+            continue
         first = sequence.num_computed_tokens
         token_ids.extend(sequence.token_ids[first : first + chunk.num_tokens])
         if sequence.num_pending and chunk.gives_logits:
@@ -32,7 +67,6 @@ def make_batch(chunks: Items[Chunk]) -> Batch:
     starts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks], np.int32)
     positions = np.arange(query_start[-1], dtype=np.int32)
     positions += np.repeat(starts - query_start[:-1], lengths)
-    block_tables = _block_tables([chunk.sequence for chunk in chunks])
     rows = np.repeat(np.arange(len(chunks)), lengths)
     slots = block_tables[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     gives = np.array([chunk.gives_logits for chunk in chunks])
@@ -79,9 +113,6 @@ def make_sample_batch(sequences: Items[Sequence]) -> SampleBatch:
     """The sampling parameters of the sequences that get a token now, one row each."""
     requests = [sequence.request for sequence in sequences]
     params = [request.params for request in requests]
-    seen = [_seen_ids(sequence) for sequence in sequences]
-    seen_start = np.zeros(len(sequences) + 1, np.int32)
-    np.cumsum([len(ids) for ids in seen], out=seen_start[1:])
     return SampleBatch(
         temperature=np.array([p.temperature for p in params], np.float32),
         top_k=np.array([min(p.top_k, _INT32_MAX) for p in params], np.int32),
@@ -90,7 +121,20 @@ def make_sample_batch(sequences: Items[Sequence]) -> SampleBatch:
         repetition_penalty=np.array([p.repetition_penalty for p in params], np.float32),
         seed=np.array([p.seed for p in params], np.uint64),
         stream=np.array([request.stream for request in requests], np.uint64),
-        position=np.array([sequence.num_tokens for sequence in sequences], np.uint32),
-        seen_ids=np.concatenate(seen),
-        seen_start=seen_start,
+        position=_positions(sequences),
+        **_seen(sequences),
     )
+
+
+def _positions(sequences: Items[Sequence]) -> NDArray[np.uint32]:
+    return np.array([sequence.num_tokens for sequence in sequences], np.uint32)
+
+
+def _seen(sequences: Items[Sequence]) -> dict[str, NDArray[np.int32]]:
+    """What repetition penalties ask for: token ids, row after row, and where each row's begin."""
+    seen_start = np.zeros(len(sequences) + 1, np.int32)
+    if all(sequence.seen_ids is None for sequence in sequences):
+        return {"seen_ids": _NO_IDS, "seen_start": seen_start}
+    seen = [_seen_ids(sequence) for sequence in sequences]
+    np.cumsum([len(ids) for ids in seen], out=seen_start[1:])
+    return {"seen_ids": np.concatenate(seen), "seen_start": seen_start}

@@ -2,13 +2,12 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
 from orcd_batch.backend.ops import BLOCK_SIZE, Batch, Ops, SampleBatch, Sampled
-from orcd_batch.engine.batch_arrays import make_batch, make_copies, make_sample_batch
+from orcd_batch.engine.batch_arrays import StepArrays, make_copies
 from orcd_batch.engine.block_manager import BlockManager
 from orcd_batch.engine.request import Completion, Request
 from orcd_batch.engine.scheduler import Chunk, Scheduler
@@ -67,6 +66,7 @@ class Engine:
         self._refused: list[Completion] = []
         self._run_ahead = run_ahead
         self._launched: deque[_Step] = deque()
+        self._arrays = StepArrays()
         self.num_steps = self.prefill_tokens = self.decode_tokens = self.sampled_tokens = 0
         self._prefill_s = self._decode_s = self._clock = 0.0
 
@@ -120,6 +120,7 @@ class Engine:
     def reset(self) -> None:
         """Drops all requests; the cache and its reusable prompt blocks stay."""
         self._launched.clear()
+        self._arrays = StepArrays()
         self.scheduler.reset()
         self._refused.clear()
 
@@ -130,13 +131,12 @@ class Engine:
 
     def _launch(self, chunks: Items[Chunk]) -> None:
         sampling = [chunk.sequence for chunk in chunks if chunk.gives_logits]
-        batch = make_batch(chunks)
+        batch = self._arrays.batch(chunks)
         copies = make_copies(chunks)
         if copies is not None:
             self.ops.copy_blocks(self.caches, copies)
-        results = self.ops.launch(
-            self._compute, batch, make_sample_batch(sampling) if sampling else None
-        )
+        parameters = self._arrays.sample_batch(sampling) if sampling else None
+        results = self.ops.launch(self._compute, batch, parameters)
         decoded = [chunk.sequence for chunk in chunks if chunk.sequence.is_decoding]
         prefilled = sum(chunk.num_tokens for chunk in chunks) - len(decoded)
         self._launched.append(_Step(sampling, prefilled, decoded, results))
@@ -160,15 +160,18 @@ class Engine:
         self.decode_tokens += sum(not sequence.is_finished for sequence in step.decoded)
         finished = []
         assert sampled is not None or not step.sampling, "nothing was sampled"
-        rows = list(_host_rows(sampled)) if sampled is not None else []
-        assert len(rows) >= len(step.sampling), f"{len(rows)} rows for {len(step.sampling)}"
-        for sequence, row in zip(step.sampling, rows, strict=False):  # padding comes last
+        columns = _host_columns(sampled) if sampled is not None else [[]] * 5
+        assert len(columns[0]) >= len(step.sampling), f"{len(columns[0])} rows: too few"
+        # Padding comes last.
+        for sequence, finite, *values in zip(step.sampling, *columns, strict=False):
             sequence.num_pending -= 1
             if sequence.is_finished:
                 self.scheduler.release(sequence)
                 continue
             self.sampled_tokens += 1
-            if self._take_token(sequence, *row):
+            if not finite:
+                sequence.fail(_not_finite(sequence))
+            if not finite or sequence.append(*values):
                 self.scheduler.finish(sequence)
                 finished.append(sequence.completion)
         return finished
@@ -180,17 +183,6 @@ class Engine:
         else:
             self._decode_s += now - self._clock
         self._clock = now
-
-    @staticmethod
-    def _take_token(sequence: Sequence, finite: bool, *sampled: Any) -> bool:
-        """Appends a sampled token to its sequence; True when the sequence is finished."""
-        if not finite:
-            sequence.fail(
-                f"The logits at position {len(sequence.token_ids) - 1} are not finite (infinity "
-                "or NaN): the model overflows on this prompt; shorten or change it."
-            )
-            return True
-        return sequence.append(*sampled)
 
     def _refusal(self, sequence: Sequence) -> str | None:
         """Why the request can never run, or None."""
@@ -230,7 +222,14 @@ def check_limits(max_num_seqs: int, max_num_batched_tokens: int) -> None:
         )
 
 
-def _host_rows(sampled: Sampled) -> Iterator[tuple[Any, ...]]:
-    """finite, token, logprob, margin, fingerprint of every row, as plain values."""
+def _host_columns(sampled: Sampled) -> list[list[Any]]:
+    """finite, token, logprob, margin and fingerprint of all rows, as plain values."""
     names = ("finite", "token_ids", "logprobs", "margins", "fingerprints")
-    return zip(*(getattr(sampled, name).tolist() for name in names), strict=True)
+    return [getattr(sampled, name).tolist() for name in names]
+
+
+def _not_finite(sequence: Sequence) -> str:
+    return (
+        f"The logits at position {len(sequence.token_ids) - 1} are not finite (infinity "
+        "or NaN): the model overflows on this prompt; shorten or change it."
+    )

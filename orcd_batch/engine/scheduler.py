@@ -28,7 +28,7 @@ MOST_PLACES_LEFT = 16
 _MAX_TURNS_LOOKED_AT = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """The next num_tokens uncomputed tokens of a sequence.
 
@@ -77,9 +77,10 @@ class Scheduler:
         chunks: list[Chunk] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
-            if not sequence.needs_steps:
+            num_tokens = sequence.num_tokens
+            if num_tokens >= sequence.max_tokens:  # those read and those pending
                 continue
-            if sequence.num_uncomputed_tokens == 1:
+            if num_tokens - sequence.num_computed_tokens == 1:
                 chunks.append(Chunk(sequence, 1, True))
             else:
                 prompts.append(sequence)
@@ -92,7 +93,8 @@ class Scheduler:
     def advance(self, chunk: Chunk) -> None:
         """The chunk's tokens are in the cache once the step just launched has run."""
         sequence = chunk.sequence
-        self._end_copy(sequence)
+        if sequence.copy is not None:
+            self._end_copy(sequence)
         sequence.num_computed_tokens += chunk.num_tokens
         if sequence.num_computed_tokens <= len(sequence.request.prompt_token_ids):
             self._block_manager.mark_computed(sequence.block_table, sequence.num_computed_tokens)

@@ -65,11 +65,6 @@ class Sequence:
         return self.num_computed_tokens >= len(self.request.prompt_token_ids)
 
     @property
-    def needs_steps(self) -> bool:
-        """Whether more is to be computed, unless a pending token ends the sample."""
-        return self.num_tokens < self.max_tokens
-
-    @property
     def num_cache_positions(self) -> int:
         """Cache positions it can ever fill: the last sampled token's are never needed."""
         return self.max_tokens - 1
