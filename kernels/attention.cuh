@@ -81,6 +81,20 @@ struct TileLoader {
 
 // --- the arithmetic of one warp: TILES row tiles against one tile of keys ----------------------
 
+// Scores of a tile's hidden keys become those of none. visible(half, key): whether row `half` sees key
+// `key` of the tile.
+template <class Visible>
+__device__ __forceinline__ void mask(float (&s)[TILE / 8][4], Visible visible) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < TILE / 8; ++n)
+#pragma unroll
+            for (int v = 0; v < 2; ++v)
+                if (!visible(half, n * 8 + threadIdx.x % 4 * 2 + v))
+                    s[n][2 * half + v] = minus_infinity();
+}
+
 // What a warp does besides: after its last look at the keys, and before its first at the values.
 struct Turn {
     __device__ __forceinline__ void after_keys() const {}
@@ -154,7 +168,8 @@ struct Rows {
         u32 p[TILES][TILE / 8][2];
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
-            if (!all_visible) mask(s[i], i, visible);
+            if (!all_visible)
+                mask(s[i], [&](int half, int key) { return visible(i, half, key); });
             soften(s[i], p[i], i, scale);
         }
         turn.before_values();
@@ -174,18 +189,6 @@ struct Rows {
                     mma_k16(o[i][2 * pair + 1], a, b[2], b[3]);
                 }
             }
-    }
-
-    template <class Visible>
-    __device__ __forceinline__ void mask(float (&s)[TILE / 8][4], int i, Visible visible) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int n = 0; n < TILE / 8; ++n)
-#pragma unroll
-                for (int v = 0; v < 2; ++v)
-                    if (!visible(i, half, n * 8 + threadIdx.x % 4 * 2 + v))
-                        s[n][2 * half + v] = minus_infinity();
     }
 
     // Row `half` of scores to weights; their sum over this lane's.

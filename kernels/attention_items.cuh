@@ -4,7 +4,6 @@
 //            first, then those of one sequence outside of chunks
 // order:     only when an item is done depends on the other sequences, never what it computes
 
-constexpr int CHUNK_MEMBERS = 32;
 constexpr int CHUNK_TILES = (CHUNK_MEMBERS * GROUP + 15) / 16;  // row tiles of a chunk's KV head
 
 // What a block knows of every sequence, in shared memory.

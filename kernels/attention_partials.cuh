@@ -6,6 +6,7 @@
 // --- decode and merge: what one leaves for the other -------------------------------------------
 
 constexpr int SPLIT = TILE * SPLIT_TILES;                // positions of a split
+constexpr int CHUNK_MEMBERS = 32;                        // sequences that share a split, at most
 constexpr int GROUP_TILES = (GROUP + 15) / 16;           // row tiles of a KV head
 constexpr int UNITS = NUM_KV_HEADS * GROUP_TILES;        // items of a split
 constexpr int ITEM_ROWS = GROUP < 16 ? GROUP : 16;

@@ -155,7 +155,7 @@ __device__ __forceinline__ void attend(const Item& item, Tiles& tiles, float4* p
         // Scores to weights; returns what the rows of o are to be multiplied by.
         auto soften = [&](int tile) {
             if (tile < whole_from || tile > whole_to)
-                rows.mask([&](int half, int key) {
+                mask(rows.s, [&](int half, int key) {
                     const int row = item.block_row + warp * 16 + half * 8 + lane / 4;
                     const int back = item.position_of(row) - tile * TILE - key;
                     return back >= 0 && back < reach;

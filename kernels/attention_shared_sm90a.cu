@@ -22,7 +22,6 @@
 #include "attention_warpgroup.cuh"
 
 constexpr int TEAMS = WARPS / 4;
-constexpr int CHUNK_MEMBERS = 32;
 constexpr int CHUNK_ROWS = CHUNK_MEMBERS * GROUP;  // of a KV head
 constexpr int BLOCK_ROWS = CHUNK_ROWS < 64 ? CHUNK_ROWS : 64;
 constexpr int ROW_BLOCKS = (CHUNK_ROWS + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -269,7 +268,7 @@ __device__ __forceinline__ void attend(const Item& item, WarpRows& rows, Place& 
         } else {
             if (key < first) {
                 const int own[2] = {Row(item, 0, reach).first, Row(item, 1, reach).first};
-                rows.mask([&](int half, int i) { return key + i >= own[half]; });
+                mask(rows.s, [&](int half, int i) { return key + i >= own[half]; });
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

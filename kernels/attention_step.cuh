@@ -249,10 +249,10 @@ struct TileScores {
         }
         rows.score(s, keys);
         const int base = tile * TILE, first = first_visible(item.context - 1, step.reach);
-        auto visible = [&](int, int, int key) {
+        auto visible = [&](int, int key) {
             return base + key >= first && base + key < item.context;
         };
-        if (base < first || base + TILE > item.context) rows.mask(s[0], 0, visible);
+        if (base < first || base + TILE > item.context) mask(s[0], visible);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float top = minus_infinity();

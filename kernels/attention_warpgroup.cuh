@@ -91,19 +91,6 @@ struct WarpRows {
         commit_products();
     }
 
-    // visible(half, key): whether row `half` sees key `key` of the tile.
-    template <class Visible>
-    __device__ __forceinline__ void mask(Visible visible) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int n = 0; n < TILE / 8; ++n)
-#pragma unroll
-                for (int v = 0; v < 2; ++v)
-                    if (!visible(half, n * 8 + threadIdx.x % 4 * 2 + v))
-                        s[n][2 * half + v] = minus_infinity();
-    }
-
     __device__ __forceinline__ void pack_weights() {
 #pragma unroll
         for (int n = 0; n < TILE / 8; ++n)

@@ -34,7 +34,7 @@
 #include "attention.cuh"
 #include "attention_partials.cuh"
 #include "hopper.cuh"
-#include "few_rows.cuh"
+#include "step_chain.cuh"
 #include "gated.cuh"
 #include "rope.cuh"
 #include "packets.cuh"

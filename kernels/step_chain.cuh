@@ -1,4 +1,4 @@
-// few_rows.cuh: one tile of 8 rows of w times up to 8 rows of x, w arriving in stages
+// step_chain.cuh: a step's product: a tile of 8 rows of w times up to 8 rows of x, w in stages
 //
 // macros:    STAGE_K (columns of a stage: 256)
 // order:     each y is one chain of mma.m16n8k16 over ascending k, starting from zero, with x as the
