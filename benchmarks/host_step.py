@@ -10,7 +10,6 @@ is shorter than this, the GPU waits.
 import argparse
 import sys
 import time
-from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import numpy as np
 from support.fake_ops import CONFIG, WEIGHTS
 
-from orcd_batch.backend.cuda.padding import (
-    is_decode,
-    pad_decode,
-    pad_sampling,
-    step_sizes,
-    table_width,
-)
+from orcd_batch.backend.cuda.padding import is_decode, pad_step, step_sizes
 from orcd_batch.backend.cuda.shared_splits import SharedSplitFinder
 from orcd_batch.backend.ops import BLOCK_SIZE, Batch, SampleBatch, Sampled
 from orcd_batch.engine import Engine, Request, SamplingParams
@@ -47,9 +40,8 @@ class HostOps:
 
     def launch(self, _: Any, batch: Batch, sampling: SampleBatch | None) -> int:
         if sampling is not None and is_decode(batch, sampling):
-            num_seqs = self._sizes[bisect_left(self._sizes, len(batch.context_lens))]
-            width = table_width(batch.block_tables.shape[1], _MODEL_LEN // BLOCK_SIZE)
-            batch, sampling = pad_decode(batch, num_seqs, width), pad_sampling(sampling, num_seqs)
+            most_blocks = _MODEL_LEN // BLOCK_SIZE
+            batch, sampling = pad_step(batch, sampling, self._sizes, most_blocks)
         self._shared_splits.find(batch)
         return len(sampling.position) if sampling is not None else 0
 

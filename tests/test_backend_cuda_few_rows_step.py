@@ -10,7 +10,8 @@ from support.step_program import record
 from orcd_batch.backend.cuda.array import DeviceArray
 from orcd_batch.backend.cuda.few_rows_step import step_layout
 from orcd_batch.backend.cuda.plan import ModelShape
-from orcd_batch.backend.cuda.step_program import MAX_SPLITS, Op, StepOutput, packet_places
+from orcd_batch.backend.cuda.product import Output
+from orcd_batch.backend.cuda.step_program import MAX_SPLITS, Op, packet_places
 
 PHI3 = ModelShape(32, 3072, 8192, 32, 32, 96, 32064, 4096)
 QWEN = ModelShape(24, 896, 4864, 14, 2, 64, 151936, 32768)
@@ -73,7 +74,7 @@ def test_what_one_instruction_leaves_the_next_one_reads() -> None:
         assert gate_up["y"] == down["x"]
     assert program[7]["addend"] == 0, "what the block itself left"
     assert program[-1]["x"] == program[-2]["y"]
-    assert program[-1]["output"] == StepOutput.FP32
+    assert program[-1]["output"] == Output.FP32
 
 
 @pytest.mark.parametrize("shape", [PHI3, QWEN, SMOLLM2], ids=["phi3", "qwen", "smollm2"])

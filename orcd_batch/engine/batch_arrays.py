@@ -57,13 +57,11 @@ def _make_batch(chunks: Items[Chunk], block_tables: NDArray[np.int32]) -> Batch:
     token_ids: list[int] = []
     for chunk in chunks:
         sequence = chunk.sequence
-        if sequence.num_pending and chunk.num_tokens == 1:
-            token_ids.append(_pending(sequence))
-            continue
         first = sequence.num_computed_tokens
-        token_ids.extend(sequence.token_ids[first : first + chunk.num_tokens])
-        if sequence.num_pending and chunk.gives_logits:
+        if first == len(sequence.token_ids):
             token_ids.append(_pending(sequence))
+        else:
+            token_ids.extend(sequence.token_ids[first : first + chunk.num_tokens])
     starts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks], np.int32)
     positions = np.arange(query_start[-1], dtype=np.int32)
     positions += np.repeat(starts - query_start[:-1], lengths)

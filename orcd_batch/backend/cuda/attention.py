@@ -1,9 +1,13 @@
 """How attention is laid out on a card: warps, stages, shared memory. None of it changes a bit."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.program import int32
 from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.errors import DeviceError
 
@@ -40,6 +44,7 @@ WGMMA_STAGES = 4
 MERGE_WARPS = 4
 MERGE_BLOCKS = 16
 
+_UNLIMITED = 2**31 - 1
 _WARP = 32
 _TEAM_ROWS = 64
 # The decode kernel's running sum has one int a warp in static shared memory, and alignment.
@@ -108,16 +113,13 @@ class AttentionShape:
     def partial_floats(self, num_seqs: int, max_blocks: int) -> int:
         """Room for every split's output, maximum and sum."""
         splits = num_seqs * -(-max_blocks // SPLIT_TILES)
-        return splits * self._units * _item_floats(self.group, self.head_dim)
+        units = num_units(self.num_heads, self.num_kv_heads)
+        return splits * units * item_floats(self.group, self.head_dim)
 
     def num_merge_blocks(self, num_seqs: int, sm_count: int) -> int:
         """Merge: a warp for each sequence and head, as long as the card holds them all at once."""
         wanted = -(-num_seqs * self.num_heads // self.num_warps)
         return min(wanted, sm_count * MERGE_BLOCKS)
-
-    @property
-    def _units(self) -> int:
-        return self.num_kv_heads * -(-self.group // MMA_ROWS)
 
 
 @lru_cache(maxsize=64)
@@ -154,8 +156,8 @@ def decode_shape(
         )
     most_warps = min(MAX_DECODE_WARPS, _DECODE_WARPS_TIMES_HEAD_DIM // head_dim)
     num_warps = min(room // warp_bytes, most_warps)
-    item_bytes = 4 * _item_floats(group, head_dim)
-    units = num_kv_heads * -(-group // MMA_ROWS)
+    item_bytes = 4 * item_floats(group, head_dim)
+    units = num_units(num_heads, num_kv_heads)
     whole_runs = WHOLE_RUNS and num_seqs * units >= RUNS_PER_WARP * device.sm_count * num_warps
     if whole_runs:
         num_warps = min(num_warps, max(room // (warp_bytes + item_bytes), 1))
@@ -234,9 +236,24 @@ def _wgmma_warps(head_dim: int) -> int:
     return 12 if head_dim <= 96 else 8
 
 
-def _item_floats(group: int, head_dim: int) -> int:
+def num_units(num_heads: int, num_kv_heads: int) -> int:
+    """Items of a decode query's split: a row tile of a KV head each."""
+    return num_kv_heads * -(-(num_heads // num_kv_heads) // MMA_ROWS)
+
+
+def item_floats(group: int, head_dim: int) -> int:
     """What is left of one split of a KV head's rows: see kernels/attention_partials.cuh."""
     return -(-min(group, MMA_ROWS) * (head_dim + 2) // 4) * 4
+
+
+def score_scale(head_dim: int) -> np.float32:
+    """What scores are multiplied by, the weights being powers of two."""
+    return np.float32(math.log2(math.e) / math.sqrt(head_dim))
+
+
+def reach(sliding_window: int) -> np.int32:
+    """How many positions a query sees, its own the last of them; sliding_window 0 is all."""
+    return int32(sliding_window or _UNLIMITED)
 
 
 def _stage_bytes(head_dim: int) -> int:

@@ -7,9 +7,14 @@ from orcd_batch.backend.cuda.array import FP16, DeviceArray
 from orcd_batch.backend.cuda.cublas import Algorithm, CublasLt
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.few_rows import few_rows, few_rows_shape
-from orcd_batch.backend.cuda.gated_linear import gated_linear, gated_tiles, swiglu
+from orcd_batch.backend.cuda.gated_linear import (
+    GatedTile,
+    gated_linear,
+    gated_tiles,
+    swiglu,
+)
 from orcd_batch.backend.cuda.gemm_k16 import gemm_k16
-from orcd_batch.backend.cuda.product import Key, Output
+from orcd_batch.backend.cuda.product import Key, Output, buffer_name
 from orcd_batch.backend.cuda.program import Kernels
 from orcd_batch.backend.cuda.self_test import Candidate, Product
 from orcd_batch.backend.cuda.workspace import Workspace
@@ -45,11 +50,9 @@ class Candidates:
         """What may be run for up to num_rows rows; nothing here splits K."""
         n, k, output = key
         if output is Output.GATED:
-            fused = [tile.code for tile in gated_tiles(self._device, (n, k), num_rows)]
-            found = [self.restored(key, num_rows, code, code) for code in fused]
-            return found + [
-                self.gated(product) for product in self.offered((n, k, Output.FP16), num_rows)
-            ]
+            fused = gated_tiles(self._device, (n, k), num_rows)
+            unfused = self.offered((n, k, Output.FP16), num_rows)
+            return [*map(self._fused, fused), *map(self.gated, unfused)]
         found = []
         if few_rows_shape(self._device, (n, k), num_rows):
             found.append(self.restored(key, num_rows, _FEW_ROWS, _FEW_ROWS))
@@ -66,7 +69,7 @@ class Candidates:
         if output is Output.GATED:
             for tile in gated_tiles(self._device, (n, k), num_rows):
                 if tile.code == code:
-                    return Candidate(code, config, partial(gated_linear, self._kernels, tile))
+                    return self._fused(tile)
             return self.gated(self.restored((n, k, Output.FP16), num_rows, code, config))
         if code == _FEW_ROWS:
             layout = few_rows_shape(self._device, (n, k), num_rows)
@@ -92,6 +95,9 @@ class Candidates:
         """The same with the activation behind it; product: one that leaves fp16."""
         return Candidate(product.code, product.config, self._then_swiglu(product.run))
 
+    def _fused(self, tile: GatedTile) -> Candidate:
+        return Candidate(tile.code, tile.code, partial(gated_linear, self._kernels, tile))
+
     def _then_swiglu(self, product: Product) -> Product:
         def run(x: DeviceArray, weight: DeviceArray, y: DeviceArray) -> None:
             shape = (x.shape[0], weight.shape[0])
@@ -100,8 +106,3 @@ class Candidates:
             swiglu(self._kernels, gate_up, y)
 
         return run
-
-
-def buffer_name(n: int, output: Output) -> str:
-    """The work buffer of a product's result."""
-    return f"linear_{n}_{output.name.lower()}"

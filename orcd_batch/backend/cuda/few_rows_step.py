@@ -4,7 +4,6 @@ The ops of such a step are taken down as instructions instead of being launched;
 same arithmetic in the same order, so no bit depends on it.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
-from orcd_batch.backend.cuda.attention import MMA_ROWS, SPLIT_TILES
+from orcd_batch.backend.cuda.attention import (
+    MMA_ROWS,
+    SPLIT_TILES,
+    num_units,
+    reach,
+    score_scale,
+)
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.kernels import norm_threads
@@ -59,7 +64,6 @@ SPIN_LIMIT = 1 << 24
 _RECORDED_OPS = (
     *("rms_norm", "linear", "linear_add", "rope_and_cache", "attention", "gated_linear", "logits"),
 )
-_UNLIMITED = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +92,7 @@ def step_layout(
     if any(k % _GROUP_K for k in inner) or any(n % TILE_N for n in outer):
         return None
     program_bytes = -(-_num_instructions(shape) // 2) * 2 * INSTRUCTION.itemsize
-    row_tiles = -(-(shape.num_heads // shape.num_kv_heads) // MMA_ROWS)
-    items = splits * shape.num_kv_heads * row_tiles
+    items = splits * num_units(shape.num_heads, shape.num_kv_heads)
     if items > _MAX_ITEMS * device.sm_count:
         return None
     tiles_bytes = SPLIT_TILES * BLOCK_SIZE * shape.head_dim * FP16.itemsize
@@ -131,6 +134,7 @@ class FewRowsStep:
         self._shape: ModelShape | None = None
         self._uploaded = b""
         self._verdicts: dict[tuple[int, int], bool] = {}
+        self._layouts: dict[tuple[int, int], StepLayout | None] = {}
 
     def buffers(self, shape: ModelShape) -> dict[str, int]:
         """Work buffers and their bytes."""
@@ -155,7 +159,7 @@ class FewRowsStep:
             return False
         if not self._verdicts.get((num_rows, table_width), True):
             return False
-        return step_layout(self._device, self._shape, num_rows, table_width) is not None
+        return self._layout(num_rows, table_width) is not None
 
     def is_proven(self, num_rows: int, table_width: int) -> bool:
         return (num_rows, table_width) in self._verdicts
@@ -184,12 +188,20 @@ class FewRowsStep:
         with _replaced(self._ops, recording, logits):
             return work()
 
+    def _layout(self, num_rows: int, table_width: int) -> StepLayout | None:
+        """As `step_layout`, worked out once: every decode step asks."""
+        assert self._shape is not None, "prepare() comes first"
+        key = num_rows, table_width
+        if key not in self._layouts:
+            self._layouts[key] = step_layout(self._device, self._shape, *key)
+        return self._layouts[key]
+
     def _launch(self, recording: Recording, batch: Any) -> None:
         shape, table = self._shape, recording.rope_table
         assert shape is not None, "prepare() comes first"
         assert table is not None, "a step has layers"
         num_rows, width = batch.block_tables.shape
-        layout = step_layout(self._device, shape, num_rows, width)
+        layout = self._layout(num_rows, width)
         assert layout is not None, "only steps that are served are recorded"
         program, maps = self._upload(recording)
         kernel = self._kernels.get("few_rows_step", _defines(shape), _ARCH)
@@ -199,8 +211,8 @@ class FewRowsStep:
             *(program, maps, int32(len(recording.instructions)), counter, table),
             *(batch.positions, batch.slot_mapping, batch.context_lens, batch.block_tables),
             *(recording.packets + 8 * place for place in (places.attended, places.partials)),
-            *(int32(num_rows), int32(width), int32(recording.sliding_window or _UNLIMITED)),
-            np.float32(math.log2(math.e) / math.sqrt(shape.head_dim)),
+            *(int32(num_rows), int32(width), reach(recording.sliding_window)),
+            score_scale(shape.head_dim),
             np.float32(recording.eps),
             *map(int32, (layout.num_slots, layout.in_flight, layout.x_bytes, layout.num_teams)),
         )

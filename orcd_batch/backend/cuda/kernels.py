@@ -4,7 +4,6 @@ Shapes are the model's; grids follow the step. Nothing here synchronizes or allo
 space is frozen.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,8 @@ from orcd_batch.backend.cuda.attention import (
     decode_shape,
     has_wgmma,
     merge_shape,
+    reach,
+    score_scale,
     shared_shape,
 )
 from orcd_batch.backend.cuda.device import Device
@@ -36,8 +37,6 @@ MAX_NORM_THREADS = 256
 ELEMENTWISE_THREADS = 256
 # What a model's sizes must be multiples of: 16-byte vectors of fp16.
 VECTOR = 8
-
-_UNLIMITED = 2**31 - 1
 
 
 class ForwardKernels:
@@ -131,8 +130,8 @@ class ForwardKernels:
         heads = (num_heads, num_kv_heads, head_dim)
         sequences = (batch.query_start, batch.context_lens)
         sizes = (
-            *(int32(num_seqs), int32(max_blocks), int32(sliding_window or _UNLIMITED)),
-            np.float32(math.log2(math.e) / math.sqrt(head_dim)),
+            *(int32(num_seqs), int32(max_blocks), reach(sliding_window)),
+            score_scale(head_dim),
         )
         args = (q, cache.keys, cache.values, *sequences, batch.block_tables, out, *sizes)
         decode = decode_shape(self.device, *heads, num_seqs)

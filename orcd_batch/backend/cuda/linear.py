@@ -14,11 +14,11 @@ from typing import Any
 
 from orcd_batch.backend.cuda.array import DeviceArray
 from orcd_batch.backend.cuda.cache import cache_dir, read_json, write_json
-from orcd_batch.backend.cuda.candidates import Candidates, buffer_name
+from orcd_batch.backend.cuda.candidates import Candidates
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.gated_linear import TILES
 from orcd_batch.backend.cuda.plan import FP32_BYTES, ModelShape
-from orcd_batch.backend.cuda.product import Key, Output
+from orcd_batch.backend.cuda.product import Key, Output, buffer_name
 from orcd_batch.backend.cuda.program import Kernels, kernel_source
 from orcd_batch.backend.cuda.self_test import Candidate, SelfTest
 from orcd_batch.backend.cuda.workspace import Workspace

@@ -5,7 +5,8 @@ sampled greedily and read by nobody; and unused columns of the block tables. No 
 rows depends on it.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,15 @@ def table_width(width: int, max_blocks: int) -> int:
     while padded < width:
         padded *= 2
     return max(min(padded, max_blocks), width)
+
+
+def pad_step(
+    batch: Batch, sampling: SampleBatch, sizes: Sequence[int], max_blocks: int
+) -> tuple[Batch, SampleBatch]:
+    """The decode step at the next of `step_sizes`, its block tables as `table_width` has them."""
+    num_seqs = sizes[bisect_left(sizes, len(batch.context_lens))]
+    width = table_width(batch.block_tables.shape[1], max_blocks)
+    return pad_decode(batch, num_seqs, width), pad_sampling(sampling, num_seqs)
 
 
 def pad_decode(batch: Batch, num_seqs: int, width: int) -> Batch:

@@ -29,5 +29,10 @@ class Output(IntEnum):
         return n // 2 if self is Output.GATED else n
 
 
+def buffer_name(n: int, output: Output) -> str:
+    """The work buffer of a product's result."""
+    return f"linear_{n}_{output.name.lower()}"
+
+
 # N, K and what the product leaves.
 Key = tuple[int, int, Output]

@@ -7,8 +7,9 @@ from itertools import accumulate
 import numpy as np
 
 from orcd_batch.backend.cuda.array import FP32, DeviceArray
-from orcd_batch.backend.cuda.attention import MMA_ROWS
+from orcd_batch.backend.cuda.attention import item_floats, num_units
 from orcd_batch.backend.cuda.plan import ModelShape
+from orcd_batch.backend.cuda.product import Output, buffer_name
 from orcd_batch.backend.cuda.workspace import Workspace
 from orcd_batch.backend.ops import Batch, KVCache
 
@@ -37,15 +38,6 @@ class Op(IntEnum):
     FIRST_NORM = 4
 
 
-class StepOutput(IntEnum):
-    """How a product leaves its results: all but FP32 as packets."""
-
-    FP32 = 0
-    FP16 = 1
-    ADDED = 2
-    GATED = 3
-
-
 @dataclass(frozen=True, slots=True)
 class PacketPlaces:
     """Where a step's packets lie, counted in packets: as much for any number of rows."""
@@ -61,12 +53,11 @@ class PacketPlaces:
 def packet_places(shape: ModelShape) -> PacketPlaces:
     heads = shape.num_heads * shape.head_dim
     group = shape.num_heads // shape.num_kv_heads
-    row_tiles = -(-group // MMA_ROWS)
-    items = MAX_SPLITS * shape.num_kv_heads * row_tiles
+    items = MAX_SPLITS * num_units(shape.num_heads, shape.num_kv_heads)
     halves = (shape.qkv_size // 2, heads // 2, shape.intermediate_size // 2)
     sizes = (
         *(MAX_STEP_ROWS * size for size in (shape.hidden_size, *halves)),
-        items * -(-min(group, MMA_ROWS) * (shape.head_dim + 2) // 4) * 4,
+        items * item_floats(group, shape.head_dim),
     )
     # Whole lines of the L2 cache.
     ends = tuple(accumulate(-(-size // 16) * 16 for size in sizes))
@@ -129,7 +120,7 @@ class Recording:
         batch: Batch,
     ) -> _Result:
         y = self._place(self.places.qkv)
-        self._multiply_norm(qkv, y, StepOutput.FP16)
+        self._multiply_norm(qkv, y, Output.FP16)
         attended = _Result(Op.ATTENTION, self._place(self.places.attended))
         pointers = (0, y, bias.ptr, attended.place, cache.keys.ptr, cache.values.ptr)
         self.instructions.append((Op.ATTEND, 0, 0, 0, *pointers))
@@ -142,19 +133,19 @@ class Recording:
 
     def gated_linear(self, x: _Norm, weight: DeviceArray) -> _Result:
         y = self._place(self.places.gated)
-        self._multiply_norm(_Product(x, weight), y, StepOutput.GATED)
+        self._multiply_norm(_Product(x, weight), y, Output.GATED)
         return _Result(Op.SWIGLU, y)
 
     def linear_add(self, x: _Result, weight: DeviceArray, residual: DeviceArray) -> None:
         y, addend = self._place(self.places.residual), 0
         if self._is_first_sum:
             self._is_first_sum, addend = False, residual.ptr
-        self._multiply(x.op, weight, x.place, y, StepOutput.ADDED, addend=addend)
+        self._multiply(x.op, weight, x.place, y, Output.ADD, addend=addend)
 
     def logits(self, x: _Norm, weight: DeviceArray) -> DeviceArray:
         size = weight.shape[0]
-        y = self.workspace.take(f"linear_{size}_fp32", (self.num_rows, size), FP32)
-        self._multiply_norm(_Product(x, weight), y.ptr, StepOutput.FP32)
+        y = self.workspace.take(buffer_name(size, Output.FP32), (self.num_rows, size), FP32)
+        self._multiply_norm(_Product(x, weight), y.ptr, Output.FP32)
         return y
 
     def program(self) -> bytes:
@@ -163,7 +154,7 @@ class Recording:
     def _place(self, first: int) -> int:
         return self.packets + first * PACKET.itemsize
 
-    def _multiply_norm(self, product: _Product, y: int, output: StepOutput) -> None:
+    def _multiply_norm(self, product: _Product, y: int, output: Output) -> None:
         op, x = Op.NORM, self._place(self.places.residual)
         if self._is_first_sum:
             assert self._residual is not None, "a norm comes first"
@@ -176,11 +167,11 @@ class Recording:
         weight: DeviceArray,
         x: int,
         y: int,
-        output: StepOutput,
+        output: Output,
         vector: int = 0,
         addend: int = 0,
     ) -> None:
-        width = weight.shape[0] // (2 if output is StepOutput.GATED else 1)
+        width = output.num_columns(weight.shape[0])
         pointers = (0, x, vector, y, addend, 0)
         self.instructions.append((op, output, width // TILE_N, width, *pointers))
         self.weights.append(weight)

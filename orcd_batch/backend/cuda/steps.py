@@ -1,6 +1,5 @@
 """Whole steps on the GPU: launched without waiting for results, decode steps as graph replays."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +11,7 @@ from numpy.typing import NDArray
 from orcd_batch.backend.cuda.array import DeviceArray
 from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.graph import Graph
-from orcd_batch.backend.cuda.padding import (
-    is_decode,
-    pad_decode,
-    pad_sampling,
-    step_sizes,
-    table_width,
-)
+from orcd_batch.backend.cuda.padding import is_decode, pad_step, step_sizes
 from orcd_batch.backend.cuda.placed_batch import place_batch
 from orcd_batch.backend.cuda.program import Kernels, int32
 from orcd_batch.backend.cuda.sampling import Sampling
@@ -81,10 +74,8 @@ class Steps:
         """See `backend.ops.Ops.launch`."""
         key: tuple[Hashable, ...] | None = None
         if sampling is not None and self._is_recorded and is_decode(batch, sampling):
-            num_seqs = self._sizes[bisect_left(self._sizes, len(batch.context_lens))]
-            width = table_width(batch.block_tables.shape[1], self._max_blocks)
-            batch, sampling = pad_decode(batch, num_seqs, width), pad_sampling(sampling, num_seqs)
-            key = (compute, num_seqs, width)
+            batch, sampling = pad_step(batch, sampling, self._sizes, self._max_blocks)
+            key = (compute, *batch.block_tables.shape)
         placed = place_batch(self._staging, batch, self.shared_splits.find(batch))
         if key is not None:
             key = (*key, placed.has_chunks)  # other kernels
