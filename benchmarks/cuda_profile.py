@@ -20,14 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from make_model import make_model
+from random_models import model_file, models_folder, open_engine
 from results_file import RESULTS, write_results
 from true_shapes import SHAPES
 from workloads import WORKLOADS, Workload
 
-from orcd_batch.checkpoint import GGUFFile, read_model_config
-from orcd_batch.config import EngineOptions
-from orcd_batch.engine_factory import BuiltEngine, OpenModel, build_engine, choose_engine
+from orcd_batch.engine_factory import BuiltEngine, choose_engine
 
 from cuda_workloads import requests, run  # isort: skip
 
@@ -113,24 +111,15 @@ def main() -> None:
     options = parser.parse_args()
     choice = choose_engine("cuda")
     torch.cuda.init()
-    memory = Path("/dev/shm")
     found = []
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as temporary:
-        folder = options.models or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with models_folder(options.models) as folder, tempfile.TemporaryDirectory() as temporary:
+        trace = Path(temporary) / "trace.json"
         for shape in options.shapes:
-            path = folder / f"{shape}.gguf"
-            if not path.exists():
-                make_model(path, SHAPES[shape])
-            with GGUFFile.open(path) as gguf:
-                model = OpenModel(gguf, read_model_config(gguf))
-                engine_options = EngineOptions(kind="cuda", max_model_len=4096)
-                with build_engine(model, engine_options, choice) as built:
-                    for name in options.workloads:
-                        trace = Path(temporary) / "trace.json"
-                        row = profile(built, WORKLOADS[name](), options.after, options.steps, trace)
-                        show(f"{shape} {name}", row)
-                        found.append({"shape": shape, "workload": name, **row})
+            with open_engine(model_file(shape, folder), choice) as built:
+                for name in options.workloads:
+                    row = profile(built, WORKLOADS[name](), options.after, options.steps, trace)
+                    show(f"{shape} {name}", row)
+                    found.append({"shape": shape, "workload": name, **row})
     write_results(options.results, "profile", choice, {"profiles": found})
 
 

@@ -9,21 +9,18 @@ replayed step's; ops shorter than their launch are not to be trusted here (see c
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from make_model import make_model
+from random_models import model_file, models_folder, open_engine
 from results_file import RESULTS, write_results
 from true_shapes import SHAPES
 from workloads import Work, Workload
 
 from orcd_batch.backend.cuda.op_times import OpTimes
-from orcd_batch.checkpoint import GGUFFile, read_model_config
-from orcd_batch.config import EngineOptions
-from orcd_batch.engine_factory import BuiltEngine, OpenModel, build_engine, choose_engine
+from orcd_batch.engine_factory import BuiltEngine, choose_engine
 
 from cuda_workloads import requests, run  # isort: skip
 
@@ -112,20 +109,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     choice = choose_engine("cuda")
-    memory = Path("/dev/shm")
     found = []
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as temporary:
-        folder = options.models or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with models_folder(options.models) as folder:
         for shape in options.shapes:
-            path = folder / f"{shape}.gguf"
-            if not path.exists():
-                make_model(path, SHAPES[shape])
-            engine_options = EngineOptions(kind="cuda", max_num_seqs=1024, max_model_len=4096)
-            with GGUFFile.open(path) as gguf:
-                model = OpenModel(gguf, read_model_config(gguf))
-                with build_engine(model, engine_options, choice) as built:
-                    rows = [measure(built, case, 10 * i) for i, case in enumerate(options.cases)]
+            with open_engine(model_file(shape, folder), choice, max_num_seqs=1024) as built:
+                rows = [measure(built, case, 10 * i) for i, case in enumerate(options.cases)]
             found.append({"shape": shape, "cases": rows})
     write_results(options.results, "step-ops", choice, {"shapes": found})
     print(json.dumps({"shapes": [entry["shape"] for entry in found]}))

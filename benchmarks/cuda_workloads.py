@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,15 +22,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from card_state import card_state
-from make_model import make_model
+from random_models import model_file, models_folder, open_engine
 from results_file import RESULTS, write_results
 from true_shapes import SHAPES, Shape
 from workloads import WORKLOADS, Workload, limit_s
 
-from orcd_batch.checkpoint import GGUFFile, read_model_config
-from orcd_batch.config import EngineOptions
 from orcd_batch.engine import Request, SamplingParams
-from orcd_batch.engine_factory import BuiltEngine, OpenModel, build_engine, choose_engine
+from orcd_batch.engine_factory import BuiltEngine, choose_engine
 
 
 class StepTimes:
@@ -150,21 +147,16 @@ def measure(built: BuiltEngine, shape: Shape, workload: Workload, repeats: int) 
 def measure_shape(
     name: str, names: list[str], repeats: int, folder: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    shape, path = SHAPES[name], folder / f"{name}.gguf"
-    if not path.exists():
-        make_model(path, shape)
+    path = model_file(name, folder)
     choice = choose_engine("cuda")
     rows = []
     started = time.perf_counter()
-    engine_options = EngineOptions(kind="cuda", max_model_len=4096, **options)
-    with GGUFFile.open(path) as gguf:
-        model = OpenModel(gguf, read_model_config(gguf))
-        with build_engine(model, engine_options, choice) as built:
-            start_s = round(time.perf_counter() - started, 2)
-            print(f"{name}: engine ready in {start_s} s", file=sys.stderr, flush=True)
-            for workload in names:
-                many = 3 if workload == "w1" else 1
-                rows.append(measure(built, shape, WORKLOADS[workload](), repeats * many))
+    with open_engine(path, choice, **options) as built:
+        start_s = round(time.perf_counter() - started, 2)
+        print(f"{name}: engine ready in {start_s} s", file=sys.stderr, flush=True)
+        for workload in names:
+            many = 3 if workload == "w1" else 1
+            rows.append(measure(built, SHAPES[name], WORKLOADS[workload](), repeats * many))
     return {"shape": name, "start_s": start_s, "rows": rows}
 
 
@@ -186,10 +178,7 @@ def main() -> None:
         help="one engine for each; default: its",
     )
     options = parser.parse_args()
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as temporary:
-        folder = options.models or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with models_folder(options.models) as folder:
         found = [
             measure_shape(
                 shape,

@@ -10,15 +10,14 @@ try on a machine without a GPU, no measurement. Results go to benchmarks/results
 import argparse
 import json
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from make_model import make_model
 from peer_engines import PEERS, Peer, missing, timed, version_of
+from random_models import model_file, models_folder
 from results_file import RESULTS, write_results
 from true_shapes import SHAPES, Shape
 from workloads import WORKLOADS, Work, Workload, limit_s
@@ -82,12 +81,10 @@ def main() -> None:
     reasons = {peer.name: missing(peer) for peer in PEERS}
     present = [peer for peer in PEERS if reasons[peer.name] is None]
     rows = []
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
+    with models_folder(None) as folder:
         model = options.model
         if model is None and present:
-            model = Path(name) / f"{options.shape}.gguf"
-            make_model(model, SHAPES[options.shape])
+            model = model_file(options.shape, folder)
         for peer in present:
             for workload in options.workloads:
                 chosen = shrunk(WORKLOADS[workload](), options.shrink)

@@ -19,9 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from make_model import make_model
+from random_models import model_file, models_folder
 from results_file import RESULTS, write_results
-from true_shapes import SHAPES
 
 from orcd_batch.engine_factory import choose_engine
 
@@ -104,17 +103,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     began = time.perf_counter()
-    memory = Path("/dev/shm")
     times: dict[str, Any] = {}
     failed = []
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as temporary:
-        models = options.models or Path(temporary)
-        models.mkdir(parents=True, exist_ok=True)
+    with models_folder(options.models) as models:
         for step in (step for step in STEPS if step.name in options.only):
             for shape in ("phi3", "qwen2_5"):
-                path = models / f"{shape}.gguf"
-                if any(shape in arg for arg in step.args) and not path.exists():
-                    make_model(path, SHAPES[shape])
+                if any(shape in arg for arg in step.args):
+                    model_file(shape, models)
             started = time.perf_counter()
             if not run(step, models, options.results):
                 failed.append(step.name)
