@@ -3,8 +3,8 @@
 Run on a GPU machine: `python benchmarks/cuda_linear.py [--rows 1,64,256,1024,8192]`. Times are GPU
 times of graph replays with weights taken in turn, so that none is in the L2 cache; the proven
 product and the fastest of all that cuBLASLt offers, split-K included, are timed in turn, with the
-activation behind it for gate and up. The cost
-of a step adds its products up: a decode step of M rows has the output projection, a prefill not.
+activation behind it for gate and up. The cost of a step adds its products up: a decode step of M
+rows has the output projection, a prefill not.
 Up to 8 rows every time is that of the product and a small kernel before it, as in a step.
 `--lasting` also times the fastest of a short run where each goes on, which brings the card to its
 power limit: what steps of many rows find.
