@@ -212,9 +212,9 @@ __device__ __forceinline__ void load_all(Desk* desks, u32 slots, const TensorMap
                 if (item.num_rows) load(values_map, row, place);
                 else load_nothing(place);
             }
-        const int team = threadIdx.x % WARP;
-        if (team < TEAMS && !(ended >> team & 1))
-            arrive(shared_address(&desks[team].item_empty[turn.place()]));
+        for (int team = 0; team < TEAMS; ++team)
+            if (!(ended >> team & 1))
+                arrive(shared_address(&desks[team].item_empty[turn.place()]));
     }
 }
 
@@ -346,7 +346,7 @@ __device__ __forceinline__ void init_barriers(Desk& desk) {
     }
     for (int i = 0; i < 2; ++i) {
         init_barrier(shared_address(&desk.item_full[i]), 1);
-        init_barrier(shared_address(&desk.item_empty[i]), 4 + 1);  // the team's warps, the loader
+        init_barrier(shared_address(&desk.item_empty[i]), 4 + WARP);  // team's warps, loader's lanes
     }
     init_barrier(shared_address(&desk.queries_full), 1);
     init_barrier(shared_address(&desk.queries_empty), 4);

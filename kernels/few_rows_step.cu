@@ -111,20 +111,19 @@ __device__ __forceinline__ int stages_of(int k) { return (k + STAGE_K - 1) / STA
 struct alignas(16) Progress {
     int position[COPIERS];
 
-    __device__ __forceinline__ void wait_for_all(int position) const {
+    __device__ __forceinline__ void wait_for_all(int position) {
         Patience patience;
         while (least() < position) patience.check();
     }
-    __device__ __forceinline__ int least() const {
-        static_assert(COPIERS == 4, "one vector");
-        int a, b, c, d;
-        asm volatile("ld.volatile.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
-                     : "r"(shared_address(position)));
-        return min(min(a, b), min(c, d));
+    __device__ __forceinline__ int least() {
+        int found = 1 << 30;
+#pragma unroll
+        for (int copier = 0; copier < COPIERS; ++copier)
+            found = min(found, atomicAdd(&position[copier], 0));
+        return found;
     }
     __device__ __forceinline__ void set(int copier, int reached) {
-        ((volatile int*)position)[copier] = reached;
+        atomicExch(&position[copier], reached);
     }
 };
 

@@ -169,6 +169,14 @@ class ForwardKernels:
                 self._attend(prefill, grid, (q, cache.keys, cache.values, *longer))
         return out
 
+    def load_decode_kernels(self, shape: ModelShape, max_seqs: int) -> None:
+        """Every build that attention of up to max_seqs single queries can need, so that none is
+        compiled between steps."""
+        heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        found = [decode_shape(self.device, *heads, n) for n in range(1, max_seqs + 1)]
+        for defines in dict.fromkeys(tuple(decode.defines.items()) for decode in found):
+            self.kernels.get("attention_decode", dict(defines))
+
     def take_rows(self, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
         """(T, C), (R,) -> (R, C), of any type whose rows are whole 16-byte vectors."""
         (num_rows,), width = rows.shape, x.shape[1]

@@ -171,6 +171,7 @@ class CudaOps(ForwardKernels):
         for name, num_bytes in self._buffers(shape, max_num_batched_tokens, max_num_seqs).items():
             self.workspace.reserve(name, num_bytes)
         self._linear.prepare(shape, max_num_batched_tokens, max_num_seqs)
+        self.load_decode_kernels(shape, max_num_seqs)
         self.workspace.freeze()
         self._few_rows_step.prepare(shape)
         self.steps.prepare(max_num_seqs, -(-shape.max_model_len // BLOCK_SIZE))
