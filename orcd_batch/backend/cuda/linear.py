@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from orcd_batch.backend.cuda.array import DeviceArray
+from orcd_batch.backend.cuda.array import FP16, DeviceArray
 from orcd_batch.backend.cuda.cache import cache_dir, read_json, write_json
 from orcd_batch.backend.cuda.candidates import Candidates
 from orcd_batch.backend.cuda.device import Device
@@ -178,7 +178,8 @@ class Linear:
         with self._test_output(missing[-1].most, n, output) as y:
             weights = self._weights[n, k]
             reference = self._candidates.reference(output)
-            test = SelfTest(self._device, self._kernels, weights, y, output, reference)
+            between = self._between(missing[-1].most, n, output)
+            test = SelfTest(self._device, self._kernels, weights, y, output, reference, between)
             try:
                 for bucket in missing:
                     candidates = self.candidates(key, bucket)
@@ -203,6 +204,12 @@ class Linear:
         finally:
             self._device.free(buffer)
 
+    def _between(self, num_rows: int, n: int, output: Output) -> DeviceArray | None:
+        """What lies between a product and its activation, where they are two kernels."""
+        if output is not Output.GATED:
+            return None
+        return self._workspace.take(buffer_name(n, Output.FP16), (num_rows, n), FP16)
+
     def _recall(self, key: Key, bucket: Bucket) -> bool:
         if (key, bucket) in self._chosen:
             return True
@@ -225,7 +232,8 @@ class Linear:
     def _identity(self) -> str:
         """What a stored choice holds for: the card, its driver, the library, our kernels."""
         device, version = self._device, self._candidates.library_version
-        facts = (device.name, device.arch, device.driver_version, version)
+        compiler = self._kernels.manifest()["nvrtc"]
+        facts = (device.name, device.arch, device.driver_version, version, compiler)
         text = repr((facts, TILES, *map(kernel_source, _KERNELS)))
         return f"{device.arch}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 

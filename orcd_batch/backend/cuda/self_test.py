@@ -75,7 +75,9 @@ class SelfTest:
         y: DeviceArray,
         output: Output = Output.FP32,
         reference: Product | None = None,
+        between: DeviceArray | None = None,
     ) -> None:
+        """between: where a product in two parts leaves what is between them."""
         self._device = device
         self._kernels = kernels
         self._weights = weights
@@ -83,6 +85,7 @@ class SelfTest:
         x_rows = y.shape[0] + _PATTERN_ROWS
         self._x = device.allocate(x_rows * k * FP16.itemsize, "staging")
         self._y = y
+        self._between = between
         self._output = output
         self.reference: Product = reference or partial(gemm_k16, kernels, output=output)
         self._sum = device.allocate(8, "staging")
@@ -237,6 +240,8 @@ class SelfTest:
             self._repeat(y.ptr, self._added.ptr, y.shape[0], y.nbytes // y.shape[0])
         else:
             self._device.fill(y.ptr, y.nbytes, _POISON + trial % 2)
+        if self._between is not None:
+            self._device.fill(self._between.ptr, self._between.nbytes, _POISON + trial % 2)
 
     def _fill(self, target: int, pattern: NDArray[Any], num_rows: int) -> None:
         from cuda.bindings import driver
