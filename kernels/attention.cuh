@@ -84,15 +84,17 @@ struct TileLoader {
 // Scores of a tile's hidden keys become those of none. visible(half, key): whether row `half` sees key
 // `key` of the tile.
 template <class Visible>
-__device__ __forceinline__ void mask(float (&s)[TILE / 8][4], Visible visible) {
+__device__ __forceinline__ void mask(float (&s)[TILE / 8][4], Visible visible, int halves = 2) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) {
+        if (half == halves) return;
 #pragma unroll
         for (int n = 0; n < TILE / 8; ++n)
 #pragma unroll
             for (int v = 0; v < 2; ++v)
                 if (!visible(half, n * 8 + threadIdx.x % 4 * 2 + v))
                     s[n][2 * half + v] = minus_infinity();
+    }
 }
 
 // What a warp does besides: after its last look at the keys, and before its first at the values.
@@ -107,8 +109,11 @@ struct Rows {
     u32 q[TILES][K_STEPS][4];
     float max[TILES][2], sum[TILES][2];   // of the split so far; sum is this lane's share
     float o[TILES][COLUMN_TILES][4];
+    int halves = 2;   // 1: there are no more than 8 rows
+    bool is_new;      // o is zero
 
     __device__ __forceinline__ void start_split() {
+        is_new = true;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
             max[i][0] = max[i][1] = minus_infinity();
@@ -165,13 +170,14 @@ struct Rows {
         score(s, keys);
         turn.after_keys();
 
-        u32 p[TILES][TILE / 8][2];
+        u32 p[TILES][TILE / 8][2] = {};
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
             if (!all_visible)
-                mask(s[i], [&](int half, int key) { return visible(i, half, key); });
+                mask(s[i], [&](int half, int key) { return visible(i, half, key); }, halves);
             soften(s[i], p[i], i, scale);
         }
+        is_new = false;
         turn.before_values();
 
 #pragma unroll
@@ -212,6 +218,7 @@ struct Rows {
                                            int i, float scale) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            if (half == halves) return;
             float top = max[i][half];
 #pragma unroll
             for (int n = 0; n < TILE / 8; ++n)
@@ -223,6 +230,7 @@ struct Rows {
             const float added = weigh(s, p, half, origin, scale);
             max[i][half] = top;
             sum[i][half] = __fmaf_rn(sum[i][half], keep, added);
+            if (is_new) continue;
 #pragma unroll
             for (int n = 0; n < COLUMN_TILES; ++n) {
                 o[i][n][2 * half] = __fmul_rn(o[i][n][2 * half], keep);

@@ -208,6 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             return ((size_t)sequences.query[row.sequence] * NUM_HEADS + head) * HEAD_DIM;
         };
         Rows<1> rows;
+        rows.halves = item.num_rows > 8 ? 2 : 1;
         stream.wait();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -106,7 +106,10 @@ struct Item {
         if (!valid) return;
         const int pair = (index - chunks.num_chunk_items) / UNITS;
         const int unit = (index - chunks.num_chunk_items) % UNITS;
-        int low = 0, high = s.count;
+        // Mostly every sequence has one item.
+        const int guess = min(pair, s.count - 1);
+        const bool is_found = s.first_item[guess] <= pair && s.first_item[guess + 1] > pair;
+        int low = is_found ? guess : 0, high = is_found ? guess + 1 : s.count;
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             if (s.first_item[middle] <= pair) low = middle;

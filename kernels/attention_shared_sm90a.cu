@@ -115,8 +115,12 @@ struct Lookup {
         item.sequence[lane] = sequence;
         item.query[lane] = query;
         item.context[lane] = context;
-        if (lane < SPLIT_TILES) item.blocks[lane] = block;
+        int blocks[SPLIT_TILES];
+#pragma unroll
+        for (int i = 0; i < SPLIT_TILES; ++i) blocks[i] = __shfl_sync(FULL_WARP, block, i);
         if (lane == 0) {
+#pragma unroll
+            for (int i = 0; i < SPLIT_TILES; ++i) item.blocks[i] = blocks[i];
             item.num_rows = max(num_rows, 0);
             item.first_row = first_row();
             item.kv_head = kv_head();
@@ -187,14 +191,21 @@ __device__ __forceinline__ void load_nothing(const Place& place) {
 // Of every team's item the first keys and values, then of every team's the second, and so on.
 __device__ __forceinline__ void load_all(Desk* desks, u32 slots, const TensorMap& keys_map,
                                          const TensorMap& values_map) {
+    static_assert(TEAMS * SPLIT_TILES <= WARP, "a lane looks up one tile");
+    const int lane = threadIdx.x % WARP;
     Ring<2> turn;
     Ring<STAGES> ring;  // of all teams
     u32 ended = 0;
     for (;; ++turn.count) {
+        int row = -1;  // lane team * SPLIT_TILES + tile: the tile's first, where it has rows
         for (int team = 0; team < TEAMS; ++team) {
             if (ended >> team & 1) continue;
             wait_for(shared_address(&desks[team].item_full[turn.place()]), turn.round());
-            if (desks[team].items[turn.place()].num_rows < 0) ended |= 1u << team;
+            const Item& item = desks[team].items[turn.place()];
+            if (item.num_rows < 0) ended |= 1u << team;
+            if (item.num_rows > 0 && lane / SPLIT_TILES == team)
+                row = (item.blocks[lane % SPLIT_TILES] * NUM_KV_HEADS + item.kv_head) * TILE;
+            arrive(shared_address(&desks[team].item_empty[turn.place()]));
         }
         if (ended == (1u << TEAMS) - 1) return;
 #pragma unroll 1
@@ -202,19 +213,15 @@ __device__ __forceinline__ void load_all(Desk* desks, u32 slots, const TensorMap
 #pragma unroll 1
             for (int team = 0; team < TEAMS; ++team) {
                 if (ended >> team & 1) continue;
-                const Item& item = desks[team].items[turn.place()];
                 Place place(slots + team * STAGES * TILE_BYTES, desks[team]);
                 place.ring = ring;
-                const int row = (item.blocks[tile] * NUM_KV_HEADS + item.kv_head) * TILE;
-                if (item.num_rows) load(keys_map, row, place);
+                const int first = __shfl_sync(FULL_WARP, row, team * SPLIT_TILES + tile);
+                if (first >= 0) load(keys_map, first, place);
                 else load_nothing(place);
                 ++place.ring.count;
-                if (item.num_rows) load(values_map, row, place);
+                if (first >= 0) load(values_map, first, place);
                 else load_nothing(place);
             }
-        for (int team = 0; team < TEAMS; ++team)
-            if (!(ended >> team & 1))
-                arrive(shared_address(&desks[team].item_empty[turn.place()]));
     }
 }
 

@@ -9,6 +9,9 @@ from support.gguf_factory import write_model
 
 from orcd_batch import SamplingParams
 from orcd_batch.backend.cuda import few_rows_step
+from orcd_batch.backend.cuda.few_rows_step import FewRowsStep
+from orcd_batch.backend.cuda.step_program import Recording
+from orcd_batch.backend.cuda.step_slots import StepSlots
 from orcd_batch.checkpoint import GGUFFile, read_model_config
 from orcd_batch.config import EngineOptions
 from orcd_batch.engine.request import Completion, Request
@@ -78,3 +81,21 @@ def test_a_step_as_one_kernel_has_the_same_bits(
     assert verdicts, "no step ran as one kernel"
     assert all(verdicts.values()), verdicts
     assert found == expected[count]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_kernel_that_leaves_other_keys_in_the_cache_is_not_used(
+    path: Path, expected: dict[int, Bits], layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = FewRowsStep._launch
+
+    def forgetful(self: FewRowsStep, recording: Recording, batch: Any) -> None:
+        launch(self, recording, batch)
+        places = self._ops.staging.fetch(batch.slot_mapping)
+        StepSlots(self._device, recording.caches[layer : layer + 1], places).poison()
+
+    monkeypatch.setattr(FewRowsStep, "_launch", forgetful)
+    found, verdicts = run(path, requests(2, 350), whole=True)
+    assert verdicts, "no step ran as one kernel"
+    assert not any(verdicts.values()), "one that forgets what it is to keep was found equal"
+    assert found == expected[2]

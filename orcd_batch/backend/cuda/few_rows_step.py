@@ -33,6 +33,7 @@ from orcd_batch.backend.cuda.step_program import (
     Recording,
     packet_places,
 )
+from orcd_batch.backend.cuda.step_slots import StepSlots
 from orcd_batch.backend.cuda.tensor_map import weight_map
 from orcd_batch.backend.cuda.workspace import Workspace
 from orcd_batch.backend.ops import BLOCK_SIZE, Batch
@@ -164,17 +165,37 @@ class FewRowsStep:
     def is_proven(self, num_rows: int, table_width: int) -> bool:
         return (num_rows, table_width) in self._verdicts
 
-    def judge(self, num_rows: int, table_width: int, is_equal: bool) -> None:
-        """Notes whether a step's results were those of the ops launched one by one."""
-        self._verdicts[num_rows, table_width] = is_equal
+    def prove(self, batch: Batch, work: Callable[[], Any], results: Callable[[Any], bytes]) -> None:
+        """Runs a step's ops one by one and then through the kernel, and notes whether both left
+        the same: results(what `work` returns), and keys and values in the cache, where the kernel
+        finds NaN in the place of what it is to write."""
+        expected, written = results(work()), b""
+        slots: StepSlots | None = None
+
+        def hide(recording: Recording) -> None:
+            nonlocal slots, written
+            places = self._ops.staging.fetch(batch.slot_mapping)
+            slots = StepSlots(self._device, recording.caches, places)
+            written = slots.read()
+            slots.poison()
+
+        found = results(self.run(batch, work, hide))
+        assert slots is not None, "a step ends with its logits"
+        num_rows, width = batch.block_tables.shape
+        self._verdicts[num_rows, width] = found == expected and slots.read() == written
 
     def manifest(self) -> dict[str, bool]:
         """By rows and cache blocks, whether the results were equal."""
         return {f"M={m} blocks={width}": equal for (m, width), equal in self._verdicts.items()}
 
-    def run(self, batch: Batch, work: Callable[[], Any]) -> Any:
+    def run(
+        self,
+        batch: Batch,
+        work: Callable[[], Any],
+        before: Callable[[Recording], None] | None = None,
+    ) -> Any:
         """`work`, a step over the placed batch, through the kernel: its ops are recorded, and run
-        when it asks for logits."""
+        when it asks for logits. before: called ahead of that."""
         assert self._shape is not None, "prepare() comes first"
         places = packet_places(self._shape)
         packets = self._workspace.take("step_packets", (places.total,), PACKET)
@@ -182,6 +203,8 @@ class FewRowsStep:
 
         def logits(x: Any, weight: DeviceArray) -> DeviceArray:
             y = recording.logits(x, weight)
+            if before is not None:
+                before(recording)
             self._launch(recording, batch)
             return y
 

@@ -38,7 +38,9 @@ class WholeStep(Protocol):
 
     def is_proven(self, num_rows: int, table_width: int) -> bool: ...
 
-    def judge(self, num_rows: int, table_width: int, is_equal: bool) -> None: ...
+    def prove(
+        self, batch: Any, work: Callable[[], Any], results: Callable[[Any], bytes]
+    ) -> None: ...
 
     def run(self, batch: Any, work: Callable[[], Any]) -> Any: ...
 
@@ -124,11 +126,9 @@ class Steps:
         whole, (num_rows, width) = self.whole, batch.block_tables.shape
         if whole is None or not whole.serves(num_rows, width):
             return work
-        as_one = partial(whole.run, batch, work)
         if not whole.is_proven(num_rows, width):
-            expected, found = (self._results(how()) for how in (work, as_one))
-            whole.judge(num_rows, width, expected == found)
-        return as_one if whole.serves(num_rows, width) else work
+            whole.prove(batch, work, self._results)
+        return partial(whole.run, batch, work) if whole.serves(num_rows, width) else work
 
     def _results(self, sampled: Sampled) -> bytes:
         """What was sampled, and the fingerprints of all logits."""
