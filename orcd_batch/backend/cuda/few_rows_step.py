@@ -23,7 +23,7 @@ from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.kernels import norm_threads
 from orcd_batch.backend.cuda.plan import ModelShape
-from orcd_batch.backend.cuda.program import Defines, Kernels, int32
+from orcd_batch.backend.cuda.program import Defines, Kernels, LoadedKernel, int32
 from orcd_batch.backend.cuda.step_program import (
     INSTRUCTION,
     MAX_SPLITS,
@@ -147,12 +147,14 @@ class FewRowsStep:
         }
 
     def prepare(self, shape: ModelShape) -> None:
-        """From here on steps may be served."""
+        """From here on steps may be served; the kernel is there before the first of them."""
         sizes = self.buffers(shape)
         for name in ("step_counter", "step_packets"):
             buffer = self._workspace.take(name, (sizes[name],), np.dtype(np.uint8))
             self._device.fill(buffer.ptr, buffer.nbytes)
         self._shape = shape
+        if self.serves(num_rows=1, table_width=1):
+            self._kernel()
 
     def serves(self, num_rows: int, table_width: int) -> bool:
         """Whether a step of so many rows and cache blocks may run through the kernel."""
@@ -227,7 +229,6 @@ class FewRowsStep:
         layout = self._layout(num_rows, width)
         assert layout is not None, "only steps that are served are recorded"
         program, maps = self._upload(recording)
-        kernel = self._kernels.get("few_rows_step", _defines(shape), _ARCH)
         counter = self._workspace.take("step_counter", (1,), np.dtype(np.uint64))
         places = recording.places
         args = (
@@ -240,7 +241,12 @@ class FewRowsStep:
             *map(int32, (layout.num_slots, layout.in_flight, layout.x_bytes, layout.num_teams)),
         )
         threads = 32 * (_WARPS + _COPIERS)
-        self._kernels.launch(kernel, self._device.sm_count, threads, args, layout.shared_bytes)
+        grid = self._device.sm_count
+        self._kernels.launch(self._kernel(), grid, threads, args, layout.shared_bytes)
+
+    def _kernel(self) -> LoadedKernel:
+        assert self._shape is not None, "prepare() comes first"
+        return self._kernels.get("few_rows_step", _defines(self._shape), _ARCH)
 
     def _upload(self, recording: Recording) -> tuple[int, DeviceArray]:
         """The program and its maps on the GPU: the same for every step, so they travel once."""
