@@ -2,17 +2,20 @@
 
     python benchmarks/cuda_energy.py PHI3.gguf [--rows 256 1920]
 
-Run on a GPU machine with nvidia-smi; PHI3.gguf as `benchmarks/make_model.py phi3 PHI3.gguf` writes
-it. Beside copying memory: attention in the middle of w2 and of w4, and the four products of a layer
-in the way that the engine chose, the weights of all layers in turn. The last lines add up what a
-step of w4 takes at least: its products at the joules per flop of the best of them, its bytes at
-those of w2's attention, which reads at the memory's limit.
+Run on a GPU machine; PHI3.gguf as `benchmarks/make_model.py phi3 PHI3.gguf` writes it. Each part is
+replayed for MEASURED_S after SETTLE_S, and its watts come from the card's own energy counter (NVML)
+over that time. The parts: copying memory; attention in the middle of w2 and of w4, whose bytes are
+those of keys and values, a shared prompt's once; the four products of a layer in the way that the
+engine chose, the weights of all layers in turn. The last line adds up a step of all of w4's samples
+from the best of them: every product at the fewest joules per flop, keys and values at w2's joules
+per byte, one after the other.
 """
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +23,94 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from card_state import card_state
-from cuda_ops import PHI3, Bench
+from cuda_ops import PHI3, Bench, Case
 from random_models import open_engine
 from results_file import RESULTS, write_results
 
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
+from orcd_batch.backend.cuda.device import Device
 from orcd_batch.backend.cuda.driver import call
-from orcd_batch.backend.cuda.graph import time_lasting
+from orcd_batch.backend.cuda.graph import Graph
+from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.engine_factory import BuiltEngine, choose_engine
 
-SETTLE_S, MEASURED_S = 0.8, 1.4
+SETTLE_S, MEASURED_S = 0.7, 1.5
 COPIED_BYTES = 4 << 30
 PROMPTS, SAMPLES, SHARED_BLOCKS = 64, 30, 8
-KV_BYTES_PER_TOKEN = 2 * 2 * PHI3[1] * PHI3[2]  # of a layer
 
 
-@dataclass(frozen=True)
-class Case:
-    """queue() queues the op `runs` times; bytes and flops are those of one."""
+class EnergyCounter:
+    """The joules that a card has taken, which NVML counts in steps of some 20 to 100 ms."""
 
-    name: str
-    queue: Callable[[], object]
-    runs: int
-    num_bytes: int = 0
-    flops: int = 0
+    def __init__(self, index: int) -> None:
+        from cuda.bindings import nvml
+
+        nvml.init_v2()
+        self._nvml, self._card = nvml, nvml.device_get_handle_by_index_v2(index)
+
+    def watts(self, done: Callable[[], bool]) -> float:
+        """The mean from the counter's first step from now on to its last one before done()."""
+        steps = [self._next_step()]
+        while not done():
+            steps.append(self._next_step())
+        (first, began), (last, ended) = steps[0], steps[-2]
+        return (last - first) / (ended - began)
+
+    def sm_mhz(self) -> int:
+        return int(self._nvml.device_get_clock_info(self._card, self._nvml.ClockType.CLOCK_SM))
+
+    def _next_step(self) -> tuple[float, float]:
+        before = self._joules()
+        while (joules := self._joules()) == before:
+            time.sleep(0.001)
+        return joules, time.perf_counter()
+
+    def _joules(self) -> float:
+        return self._nvml.device_get_total_energy_consumption(self._card) / 1e3
 
 
-def measure(bench: Bench, case: Case) -> dict[str, Any]:
-    with card_state() as card:
-        seconds = time_lasting(bench.ops.device, case.queue, SETTLE_S, MEASURED_S) / case.runs
-    joules = seconds * card["watts"]
+def measure(device: Device, counter: EnergyCounter, case: Case) -> dict[str, Any]:
+    """case.run(i) for i up to case.count is replayed."""
+    from cuda.core import EventOptions
+
+    def queue() -> None:
+        for i in range(case.count):
+            case.run(i)
+
+    queue()
+    device.synchronize()
+    graph = Graph(device, queue)
+    started = time.perf_counter()
+    graph.launch()
+    device.synchronize()
+    once = time.perf_counter() - started
+    for _ in range(math.ceil(SETTLE_S / once)):
+        graph.launch()
+    device.synchronize()
+    replays = math.ceil(MEASURED_S / once)
+    start = device.stream.record(options=EventOptions(timing_enabled=True))
+    for _ in range(replays):
+        graph.launch()
+    end = device.stream.record(options=EventOptions(timing_enabled=True))
+    mhz = counter.sm_mhz()
+    watts = counter.watts(lambda: end.is_done)
+    device.synchronize()
+    seconds = float(end - start) / 1e3 / replays / case.count
+    graph.close()
+    joules = seconds * watts
     row = {
         "what": case.name,
         "us": round(seconds * 1e6, 2),
-        "watts": card["watts"],
-        "sm_mhz": card["sm_mhz"],
+        "watts": round(watts, 1),
+        "sm_mhz": mhz,
         "mj": round(joules * 1e3, 3),
     }
-    if case.num_bytes:
-        row["gb_per_s"] = round(case.num_bytes / seconds / 1e9)
-        row["pj_per_byte"] = round(joules / case.num_bytes * 1e12, 1)
     if case.flops:
         row["tflops"] = round(case.flops / seconds / 1e12, 1)
         row["pj_per_flop"] = round(joules / case.flops * 1e12, 3)
+    else:
+        row["gb_per_s"] = round(case.num_bytes / seconds / 1e9)
+        row["pj_per_byte"] = round(joules / case.num_bytes * 1e12, 1)
     print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return row
 
@@ -71,13 +118,14 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
 def copy(bench: Bench) -> Case:
     from cuda.bindings import driver
 
-    ends = [bench.ops.device.allocate(COPIED_BYTES, "staging").ptr for _ in range(2)]
+    source = bench.normal(COPIED_BYTES // 2, dtype=FP16)
+    target = bench.ops.device.allocate(COPIED_BYTES, "staging").ptr
     handle = bench.ops.device.stream.handle
 
-    def queue() -> None:
-        call(driver.cuMemcpyDtoDAsync(ends[1], ends[0], COPIED_BYTES, handle))
+    def run(_: int) -> None:
+        call(driver.cuMemcpyDtoDAsync(target, source.ptr, COPIED_BYTES, handle))
 
-    return Case("copy of 4 GiB, read and write", queue, 1, 2 * COPIED_BYTES)
+    return Case("copy of 4 GiB, read and write", 2 * COPIED_BYTES, run)
 
 
 def attention(
@@ -86,14 +134,25 @@ def attention(
     sequences = [(context, 1) for context in contexts]
     q = bench.normal(len(sequences), PHI3[0], PHI3[2], dtype=FP16)
     cache, batch = bench.cache(PHI3, sequences, samples, num_shared)
-    num_keys = sum(contexts) - num_shared * 64 * (len(contexts) - len(contexts) // samples)
-    runs = 16
+    num_repeated = len(contexts) - len(contexts) // samples
+    num_keys = sum(contexts) - num_shared * BLOCK_SIZE * num_repeated
+    num_bytes = num_keys * 2 * PHI3[1] * PHI3[2] * FP16.itemsize
+    return Case(name, num_bytes, lambda _: bench.ops.attention(q, cache, batch, 0), 16)
 
-    def queue() -> None:
-        for _ in range(runs):
-            bench.ops.attention(q, cache, batch, 0)
 
-    return Case(name, queue, runs, num_keys * KV_BYTES_PER_TOKEN)
+def decode_attention(bench: Bench, counter: EnergyCounter) -> list[dict[str, Any]]:
+    """Of w2 and of w4, in the middle of their decoding."""
+    device, rng = bench.ops.device, np.random.default_rng(3)
+    contexts = rng.integers(256, 512, 256).tolist()
+    rows = [measure(device, counter, attention(bench, "attention of w2, 256..511", contexts))]
+    bench.free()
+    shared = BLOCK_SIZE * SHARED_BLOCKS
+    contexts = (shared + rng.integers(1, 128, PROMPTS * SAMPLES)).tolist()
+    name = f"attention of w4, {PROMPTS} x {SAMPLES}, {shared} shared + 1..127"
+    case = attention(bench, name, contexts, SAMPLES, SHARED_BLOCKS)
+    rows.append(measure(device, counter, case) | {"kv_bytes": case.num_bytes})
+    bench.free()
+    return rows
 
 
 def products(bench: Bench, built: BuiltEngine, num_rows: int) -> list[Case]:
@@ -107,20 +166,34 @@ def products(bench: Bench, built: BuiltEngine, num_rows: int) -> list[Case]:
         "ffn_gate_up": lambda w: ops.gated_linear(x, w),
         "ffn_down": lambda w: ops.linear_add(gated, w, residual),
     }
-    found = []
-    for name, run in ways.items():
+
+    def case(name: str, run: Callable[[DeviceArray], object]) -> Case:
         weights = [getattr(layer, name) for layer in layers]
-        size = int(np.prod(weights[0].shape))
-        found.append(
-            Case(
-                f"{name}, {num_rows} rows",
-                lambda run=run, weights=weights: [run(w) for w in weights],
-                len(weights),
-                2 * size,
-                2 * num_rows * size,
-            )
-        )
-    return found
+        size = math.prod(weights[0].shape)
+        flops = 2 * num_rows * size
+        return Case(f"{name}, {num_rows} rows", 0, lambda i: run(weights[i]), len(weights), flops)
+
+    return [case(name, run) for name, run in ways.items()]
+
+
+def step_of_the_best(
+    built: BuiltEngine, rows: list[dict[str, Any]], kv_bytes: int
+) -> dict[str, float]:
+    """Joules of a step of all of w4's samples, and milliseconds at the watts of its products."""
+    layers = built.engine.weights.layers
+    names = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down")
+    size = sum(math.prod(getattr(layer, name).shape) for layer in layers for name in names)
+    size += math.prod(built.engine.weights.output.shape)
+    best = min((row for row in rows if "pj_per_flop" in row), key=lambda row: row["pj_per_flop"])
+    byte_j = next(row["pj_per_byte"] for row in rows if "of w2" in row["what"]) * 1e-12
+    product_j = 2 * PROMPTS * SAMPLES * size * best["pj_per_flop"] * 1e-12
+    joules = product_j + len(layers) * kv_bytes * byte_j
+    return {
+        "joules": round(joules, 2),
+        "products_joules": round(product_j, 2),
+        "watts": best["watts"],
+        "ms": round(joules / best["watts"] * 1e3, 2),
+    }
 
 
 def main() -> None:
@@ -133,48 +206,20 @@ def main() -> None:
     options = parser.parse_args()
     choice = choose_engine("cuda")
     bench = Bench()
-    rng = np.random.default_rng(3)
-    own = rng.integers(1, 128, PROMPTS * SAMPLES).tolist()
-    rows = [measure(bench, copy(bench))]
+    counter = EnergyCounter(bench.ops.device.index)
+    rows = [measure(bench.ops.device, counter, copy(bench))]
     bench.free()
-    w2 = attention(bench, "attention of w2: 256 x 256..511", rng.integers(256, 512, 256).tolist())
-    rows.append(measure(bench, w2))
-    bench.free()
-    shared = 64 * SHARED_BLOCKS
-    contexts = [shared + n for n in own]
-    name = f"attention of w4: {PROMPTS} x {SAMPLES}, {shared} shared + 1..127"
-    w4 = attention(bench, name, contexts, SAMPLES, SHARED_BLOCKS)
-    rows.append(measure(bench, w4))
-    bench.free()
+    rows += decode_attention(bench, counter)
     with open_engine(options.model, choice, kv_cache_bytes=4_000_000_000) as built:
-        # One stream: the products' launches are timed on the engine's own.
-        bench.ops.device.stream = built.ops.device.stream
         for num_rows in options.rows:
-            rows += [measure(bench, case) for case in products(bench, built, num_rows)]
+            cases = products(bench, built, num_rows)
+            rows += [measure(built.ops.device, counter, case) for case in cases]
             bench.free()
-        least = step_floor(built, rows, w4.num_bytes)
-    print(", ".join(f"{name} {value}" for name, value in least.items()))
-    write_results(options.results, "energy", choice, {"parts": rows, "w4_step_at_least": least})
-
-
-def step_floor(built: BuiltEngine, rows: list[dict[str, Any]], kv_bytes: int) -> dict[str, float]:
-    """Joules of a step of all of w4's samples where nothing takes more than the best found here,
-    and milliseconds at the watts of its products."""
-    num_rows = PROMPTS * SAMPLES
-    weights = [w for layer in built.engine.weights.layers for w in
-               (layer.attn_qkv, layer.attn_output, layer.ffn_gate_up, layer.ffn_down)]  # fmt: skip
-    size = sum(int(np.prod(w.shape)) for w in (*weights, built.engine.weights.output))
-    flop_j = min(row["pj_per_flop"] for row in rows if "pj_per_flop" in row) * 1e-12
-    byte_j = next(row["pj_per_byte"] for row in rows if "of w2" in row["what"]) * 1e-12
-    watts = max(row["watts"] for row in rows)
-    num_layers = len(built.engine.weights.layers)
-    joules = 2 * num_rows * size * flop_j + num_layers * kv_bytes * byte_j
-    return {
-        "joules": round(joules, 2),
-        "products_joules": round(2 * num_rows * size * flop_j, 2),
-        "watts": watts,
-        "ms": round(joules / watts * 1e3, 2),
-    }
+        kv_bytes = next(row["kv_bytes"] for row in rows if "kv_bytes" in row)
+        step = step_of_the_best(built, rows, kv_bytes)
+    bench.ops.close()
+    print("a step of w4 of the best:", ", ".join(f"{name} {value}" for name, value in step.items()))
+    write_results(options.results, "energy", choice, {"parts": rows, "w4_step_of_the_best": step})
 
 
 if __name__ == "__main__":

@@ -53,11 +53,6 @@ def main() -> None:
     device = Device()
     kernels = Kernels(device)
     workspace = Workspace(device)
-    # What gate + up leaves for its activation: nothing grows while launches are timed.
-    gate_up = max(key[0] for key in SHAPES.values() if key[2] is Output.GATED)
-    workspace.reserve(
-        buffer_name(gate_up, Output.FP16), max(rows) * gate_up * Output.FP16.dtype.itemsize
-    )
     ways = Candidates(device, kernels, workspace)
     library = CublasLt(device)
     print(f"{device.name}, cuBLASLt {library.version}", file=sys.stderr)
@@ -69,7 +64,10 @@ def main() -> None:
         shape = (max(wanted), output.num_columns(n))
         buffer = device.allocate(shape[0] * shape[1] * output.dtype.itemsize, "staging")
         y = DeviceArray(buffer.ptr, shape, output.dtype)
-        test = SelfTest(device, kernels, weights, y, output, ways.reference(output))
+        between = None
+        if output is Output.GATED:
+            between = workspace.take(buffer_name(n, Output.FP16), (shape[0], n), FP16)
+        test = SelfTest(device, kernels, weights, y, output, ways.reference(output), between)
         for m in wanted:
             row = measure(test, ways, library, name, key, m)
             more = {"lasting": measure_lasting(test, ways, key, m)} if options.lasting else {}

@@ -45,7 +45,6 @@ class Step:
 STEPS = (
     Step("ops", "cuda_ops.py", stores=False),
     Step("linear", "cuda_linear.py", stores=False),
-    Step("energy", "cuda_energy.py", ("{models}/phi3.gguf",)),
     Step("load", "cuda_load.py"),
     Step("start", "start_up.py", ("{models}/phi3.gguf", "--overrides", "engine=cuda")),
     Step("workloads", "cuda_workloads.py", ("--shapes", "phi3", "--models", "{models}")),

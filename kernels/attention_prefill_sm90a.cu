@@ -257,7 +257,7 @@ __device__ __forceinline__ void attend_all(Shared& shared, u32 slots, float4* pa
     Ring<2> turn;
     while (true) {
         wait_for(shared_address(&shared.item_full[turn.place()]), turn.round());
-        const Item item = shared.items[turn.place()];  // read once: the next one may come early
+        const Item item = shared.items[turn.place()];  // read once
         if (item.num_rows == 0) break;
         attend(item, tiles, parked, q, out, reach, scale);
         __syncwarp();

@@ -108,7 +108,7 @@ struct Team {
 __device__ __forceinline__ int stages_of(int k) { return (k + STAGE_K - 1) / STAGE_K; }
 
 // How far each copier is, in shared memory.
-struct alignas(16) Progress {
+struct Progress {
     int position[COPIERS];
 
     __device__ __forceinline__ void wait_for_all(int position) {

@@ -15,7 +15,7 @@ from orcd_batch.backend.cuda.gated_linear import gated_linear, gated_tiles, swig
 from orcd_batch.backend.cuda.gemm_k16 import gemm_k16
 from orcd_batch.backend.cuda.ops import CudaOps
 from orcd_batch.backend.cuda.product import Output
-from orcd_batch.backend.cuda.program import Kernels, kernel_dir
+from orcd_batch.backend.cuda.program import Kernels, LoadedKernel, kernel_dir
 from orcd_batch.checkpoint import GGUFFile, read_model_config
 from orcd_batch.config import EngineOptions
 from orcd_batch.engine.request import Request
@@ -48,7 +48,7 @@ Bits = dict[object, tuple[list[int], list[int]]]
 
 @dataclass(slots=True)
 class Launched:
-    """Kernels that the tests of this file have asked for in this process, and what ran."""
+    """Kernels that the tests of this file have launched in this process, and what ran."""
 
     kernels: set[str] = field(default_factory=set)
     models: set[str] = field(default_factory=set)
@@ -56,15 +56,21 @@ class Launched:
 
 @pytest.fixture(scope="module")
 def launched() -> Iterator[Launched]:
-    found = Launched()
-    get = Kernels.get
+    found, names = Launched(), dict[int, str]()
+    get, launch = Kernels.get, Kernels.launch
 
     def remembering(self: Kernels, name: str, *arguments: Any, **named: Any) -> Any:
-        found.kernels.add(name)
-        return get(self, name, *arguments, **named)
+        kernel = get(self, name, *arguments, **named)
+        names[id(kernel)] = name
+        return kernel
+
+    def noting(self: Kernels, kernel: LoadedKernel, *arguments: Any, **named: Any) -> None:
+        found.kernels.add(names[id(kernel)])
+        launch(self, kernel, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Kernels, "get", remembering)
+        patch.setattr(Kernels, "launch", noting)
         yield found
 
 

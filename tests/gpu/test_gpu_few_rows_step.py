@@ -1,17 +1,22 @@
 """A decode step as one kernel has the bits of its ops launched one by one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import driver
 from support.gguf_factory import write_model
 
 from orcd_batch import SamplingParams
-from orcd_batch.backend.cuda import few_rows_step
+from orcd_batch.backend.cuda import few_rows_step, step_slots
+from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.few_rows_step import FewRowsStep
+from orcd_batch.backend.cuda.ops import CudaOps
 from orcd_batch.backend.cuda.step_program import Recording
 from orcd_batch.backend.cuda.step_slots import StepSlots
+from orcd_batch.backend.ops import BLOCK_SIZE, KVCache
 from orcd_batch.checkpoint import GGUFFile, read_model_config
 from orcd_batch.config import EngineOptions
 from orcd_batch.engine.request import Completion, Request
@@ -83,19 +88,82 @@ def test_a_step_as_one_kernel_has_the_same_bits(
     assert found == expected[count]
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-def test_a_kernel_that_leaves_other_keys_in_the_cache_is_not_used(
-    path: Path, expected: dict[int, Bits], layer: int, monkeypatch: pytest.MonkeyPatch
+def spoiling(layer: int, value: int, slots: str) -> Callable[..., None]:
+    """FewRowsStep._launch, after which a layer's slots hold other bytes, as if the kernel had left
+    them so."""
+    launch = FewRowsStep._launch
+
+    def spoiled(self: FewRowsStep, recording: Recording, batch: Any) -> None:
+        launch(self, recording, batch)
+        places = self._ops.staging.fetch(batch.slot_mapping)
+        cache = self._ops.caches[layer]
+        kept = {"keys": [cache.keys], "values": [cache.values], "both": [cache.keys, cache.values]}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_slots, "POISON", value)
+            for array in kept[slots]:
+                StepSlots(self._device, [KVCache(array, array)], places[-1:]).poison()
+
+    return spoiled
+
+
+@pytest.mark.parametrize(
+    ("layer", "value", "slots"), [(0, 0xFF, "both"), (2, 0xFF, "values"), (1, 0x00, "keys")]
+)
+def test_a_kernel_that_leaves_other_keys_or_values_in_the_cache_is_not_used(
+    path: Path,
+    expected: dict[int, Bits],
+    layer: int,
+    value: int,
+    slots: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FewRowsStep, "_launch", spoiling(layer, value, slots))
+    found, verdicts = run(path, requests(2, 350), whole=True)
+    assert verdicts, "no step ran as one kernel"
+    assert not any(verdicts.values()), "one that leaves something else was found equal"
+    assert found == expected[2]
+
+
+def test_a_kernel_that_writes_no_cache_is_not_used(
+    path: Path, expected: dict[int, Bits], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = FewRowsStep._launch
 
-    def forgetful(self: FewRowsStep, recording: Recording, batch: Any) -> None:
+    def elsewhere(self: FewRowsStep, recording: Recording, batch: Any) -> None:
+        # The last block, which nothing of so small a job is given.
+        last = self._ops.caches[0].keys.shape[0] * BLOCK_SIZE - 1
+        slots, place = self._ops.staging.fetch(batch.slot_mapping), batch.slot_mapping.ptr
+        other = np.full_like(slots, last)
+        call(driver.cuMemcpyHtoD(place, other.ctypes.data, other.nbytes))
         launch(self, recording, batch)
-        places = self._ops.staging.fetch(batch.slot_mapping)
-        StepSlots(self._device, recording.caches[layer : layer + 1], places).poison()
+        self._device.synchronize()
+        call(driver.cuMemcpyHtoD(place, slots.ctypes.data, slots.nbytes))
 
-    monkeypatch.setattr(FewRowsStep, "_launch", forgetful)
-    found, verdicts = run(path, requests(2, 350), whole=True)
+    monkeypatch.setattr(FewRowsStep, "_launch", elsewhere)
+    found, verdicts = run(path, requests(1, 700), whole=True)
     assert verdicts, "no step ran as one kernel"
-    assert not any(verdicts.values()), "one that forgets what it is to keep was found equal"
-    assert found == expected[2]
+    assert not any(verdicts.values()), "the cache held what the launches had left"
+    assert found == expected[1]
+
+
+def test_just_the_slots_of_a_step_are_read_and_poisoned() -> None:
+    ops = CudaOps()
+    try:
+        caches = ops.allocate_kv_cache(2, 5, 3, 64)
+        shape = (2, 2, 5, 3, BLOCK_SIZE, 64)
+        before = np.random.default_rng(0).integers(0, 1 << 16, shape).astype(np.uint16)
+        for layer, cache in enumerate(caches):
+            for side, array in enumerate((cache.keys, cache.values)):
+                data = np.ascontiguousarray(before[layer, side])
+                call(driver.cuMemcpyHtoD(array.ptr, data.ctypes.data, data.nbytes))
+        slots = StepSlots(ops.device, caches, np.array([3 * BLOCK_SIZE + 7, -1, 63], np.int32))
+        picked = [before[:, :, 3, :, 7], before[:, :, 0, :, 63]]
+        assert slots.read() == np.stack(picked, axis=2).tobytes()
+        slots.poison()
+        before[:, :, 3, :, 7] = before[:, :, 0, :, 63] = 0xFFFF
+        for layer, cache in enumerate(caches):
+            for side, array in enumerate((cache.keys, cache.values)):
+                found = ops.staging.fetch(array).view(np.uint16)
+                np.testing.assert_array_equal(found, before[layer, side])
+    finally:
+        ops.close()

@@ -201,6 +201,35 @@ def test_a_product_that_disagrees_is_dropped(device: Any, output: str) -> None:
     staging.close()
 
 
+def test_an_activation_of_what_was_there_before_is_dropped(device: Any) -> None:
+    """Its product leaves nothing: what lies between is not the reference's from before."""
+    from orcd_batch.backend.cuda.array import FP16
+    from orcd_batch.backend.cuda.candidates import Candidates
+    from orcd_batch.backend.cuda.product import Output, buffer_name
+    from orcd_batch.backend.cuda.program import Kernels
+    from orcd_batch.backend.cuda.self_test import Candidate, SelfTest
+    from orcd_batch.backend.cuda.staging import Staging
+    from orcd_batch.backend.cuda.workspace import Workspace
+
+    kernels, workspace = Kernels(device), Workspace(device)
+    staging = Staging(device, workspace)
+    _, w = operands(1, 576, 1536)
+    (weight,) = staging.place("w", [w])
+    ways = Candidates(device, kernels, workspace)
+    between = workspace.take(buffer_name(576, Output.FP16), (4, 576), FP16)
+    y = workspace.take("y", (4, 288), FP16)
+    reference = ways.reference(Output.GATED)
+    test = SelfTest(device, kernels, [weight], y, Output.GATED, reference, between)
+    idle = ways.gated(Candidate("00", {"ID": 1}, lambda *_: None))
+    best, record = test.choose([idle, Candidate("01", {"ID": 2}, reference)], 3, 4)
+    assert best is not None
+    assert best.code == "01"
+    assert record["dropped"] == [{"ID": 1}]
+    test.close()
+    ways.close()
+    staging.close()
+
+
 def test_a_large_product_is_chosen_by_its_time_when_it_lasts(
     device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

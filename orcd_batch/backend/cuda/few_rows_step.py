@@ -147,7 +147,7 @@ class FewRowsStep:
         }
 
     def prepare(self, shape: ModelShape) -> None:
-        """From here on steps may be served; the kernel is there before the first of them."""
+        """From here on steps may be served; the kernel is loaded before the first of them."""
         sizes = self.buffers(shape)
         for name in ("step_counter", "step_packets"):
             buffer = self._workspace.take(name, (sizes[name],), np.dtype(np.uint8))
@@ -171,18 +171,12 @@ class FewRowsStep:
         """Runs a step's ops one by one and then through the kernel, and notes whether both left
         the same: results(what `work` returns), and keys and values in the cache, where the kernel
         finds NaN in the place of what it is to write."""
-        expected, written = results(work()), b""
-        slots: StepSlots | None = None
-
-        def hide(recording: Recording) -> None:
-            nonlocal slots, written
-            places = self._ops.staging.fetch(batch.slot_mapping)
-            slots = StepSlots(self._device, recording.caches, places)
-            written = slots.read()
-            slots.poison()
-
-        found = results(self.run(batch, work, hide))
-        assert slots is not None, "a step ends with its logits"
+        expected = results(work())
+        places = self._ops.staging.fetch(batch.slot_mapping)
+        slots = StepSlots(self._device, self._ops.caches, places)
+        written = slots.read()
+        slots.poison()
+        found = results(self.run(batch, work))
         num_rows, width = batch.block_tables.shape
         self._verdicts[num_rows, width] = found == expected and slots.read() == written
 
@@ -190,14 +184,9 @@ class FewRowsStep:
         """By rows and cache blocks, whether the results were equal."""
         return {f"M={m} blocks={width}": equal for (m, width), equal in self._verdicts.items()}
 
-    def run(
-        self,
-        batch: Batch,
-        work: Callable[[], Any],
-        before: Callable[[Recording], None] | None = None,
-    ) -> Any:
+    def run(self, batch: Batch, work: Callable[[], Any]) -> Any:
         """`work`, a step over the placed batch, through the kernel: its ops are recorded, and run
-        when it asks for logits. before: called ahead of that."""
+        when it asks for logits."""
         assert self._shape is not None, "prepare() comes first"
         places = packet_places(self._shape)
         packets = self._workspace.take("step_packets", (places.total,), PACKET)
@@ -205,8 +194,6 @@ class FewRowsStep:
 
         def logits(x: Any, weight: DeviceArray) -> DeviceArray:
             y = recording.logits(x, weight)
-            if before is not None:
-                before(recording)
             self._launch(recording, batch)
             return y
 

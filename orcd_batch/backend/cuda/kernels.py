@@ -174,8 +174,12 @@ class ForwardKernels:
         compiled between steps."""
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
         found = [decode_shape(self.device, *heads, n) for n in range(1, max_seqs + 1)]
-        for defines in dict.fromkeys(tuple(decode.defines.items()) for decode in found):
-            self.kernels.get("attention_decode", dict(defines))
+        found.append(merge_shape(*heads))
+        if has_wgmma(self.device):
+            found.append(shared_shape(self.device, *heads))
+        builds = {(build.kernel, *build.defines.items()): build for build in found}
+        for build in builds.values():
+            self.kernels.get(build.kernel, build.defines, build.arch)
 
     def take_rows(self, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
         """(T, C), (R,) -> (R, C), of any type whose rows are whole 16-byte vectors."""

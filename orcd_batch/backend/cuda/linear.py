@@ -230,7 +230,7 @@ class Linear:
         self._records[_name(key, bucket)] = record
 
     def _identity(self) -> str:
-        """What a stored choice holds for: the card, its driver, the library, our kernels."""
+        """What a stored choice holds for: the card, its driver, library, compiler, our kernels."""
         device, version = self._device, self._candidates.library_version
         compiler = self._kernels.manifest()["nvrtc"]
         facts = (device.name, device.arch, device.driver_version, version, compiler)

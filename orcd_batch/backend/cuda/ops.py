@@ -51,6 +51,7 @@ class CudaOps(ForwardKernels):
         self.sampling = Sampling(self.device, self.kernels, self.workspace, self.staging)
         self.steps = Steps(self.device, self.kernels, self.staging, self.sampling)
         self.steps.graphs = graphs
+        self.caches: list[KVCache] = []
         self._few_rows_step = FewRowsStep(self)
         self.steps.whole = self._few_rows_step
         self._loader = Loader(self.device, self.kernels)
@@ -81,7 +82,8 @@ class CudaOps(ForwardKernels):
         buffer = self.device.allocate(2 * num_layers * half, "kv_cache")
         self.device.fill(buffer.ptr, buffer.num_bytes)
         views = [DeviceArray(buffer.ptr + i * half, shape, FP16) for i in range(2 * num_layers)]
-        return [KVCache(views[2 * i], views[2 * i + 1]) for i in range(num_layers)]
+        self.caches = [KVCache(views[2 * i], views[2 * i + 1]) for i in range(num_layers)]
+        return self.caches
 
     def place(self, batch: Batch) -> PlacedBatch:
         """The same batch on the GPU: one asynchronous copy of all arrays."""
@@ -173,7 +175,8 @@ class CudaOps(ForwardKernels):
         self._linear.prepare(shape, max_num_batched_tokens, max_num_seqs)
         self.load_decode_kernels(shape, max_num_seqs)
         self.workspace.freeze()
-        self._few_rows_step.prepare(shape)
+        if self.steps.graphs:  # only steps that are recorded run as one kernel
+            self._few_rows_step.prepare(shape)
         self.steps.prepare(max_num_seqs, -(-shape.max_model_len // BLOCK_SIZE))
 
     def manifest(self) -> dict[str, Any]:

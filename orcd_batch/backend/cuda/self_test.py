@@ -241,7 +241,8 @@ class SelfTest:
         else:
             self._device.fill(y.ptr, y.nbytes, _POISON + trial % 2)
         if self._between is not None:
-            self._device.fill(self._between.ptr, self._between.nbytes, _POISON + trial % 2)
+            between = self._between.rows(0, y.shape[0])
+            self._device.fill(between.ptr, between.nbytes, _POISON + trial % 2)
 
     def _fill(self, target: int, pattern: NDArray[Any], num_rows: int) -> None:
         from cuda.bindings import driver

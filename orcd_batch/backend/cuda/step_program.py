@@ -96,7 +96,6 @@ class Recording:
     places: PacketPlaces
     instructions: list[tuple[int, ...]] = field(default_factory=list)
     weights: list[DeviceArray] = field(default_factory=list)
-    caches: list[KVCache] = field(default_factory=list)
     eps: float = 0.0
     sliding_window: int = 0
     num_rows: int = 0
@@ -125,7 +124,6 @@ class Recording:
         attended = _Result(Op.ATTENTION, self._place(self.places.attended))
         pointers = (0, y, bias.ptr, attended.place, cache.keys.ptr, cache.values.ptr)
         self.instructions.append((Op.ATTEND, 0, 0, 0, *pointers))
-        self.caches.append(cache)
         self.rope_table = rope_table
         return attended
 

@@ -12,7 +12,7 @@ from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.ops import BLOCK_SIZE, KVCache
 
 # A byte whose fp16 pairs are NaN: who reads a slot that nobody wrote does not go unseen.
-_POISON = 0xFF
+POISON = 0xFF
 
 
 class StepSlots:
@@ -54,7 +54,7 @@ class StepSlots:
             _, num_kv_heads, _, head_dim = array.shape
             width = head_dim * array.dtype.itemsize
             pitch = _pitch(array)
-            call(driver.cuMemsetD2D8Async(start, pitch, _POISON, width, num_kv_heads, handle))
+            call(driver.cuMemsetD2D8Async(start, pitch, POISON, width, num_kv_heads, handle))
 
     def _pieces(self) -> Iterator[tuple[DeviceArray, int]]:
         """A cache, and where a slot's first head lies in it."""
