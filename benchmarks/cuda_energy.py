@@ -4,9 +4,9 @@
 
 Run on a GPU machine; PHI3.gguf as `benchmarks/make_model.py phi3 PHI3.gguf` writes it. Each part is
 replayed for MEASURED_S after SETTLE_S, and its watts come from the card's own energy counter (NVML)
-over that time. The parts: copying memory; attention in the middle of w2 and of w4, whose bytes are
-those of keys and values, a shared prompt's once; the four products of a layer in the way that the
-engine chose, the weights of all layers in turn. The last line adds up a step of all of w4's samples
+over that time. The parts: attention in the middle of w2 and of w4, whose bytes are those of keys
+and values, a shared prompt's once; the four products of a layer in the way that the engine chose,
+the weights of all layers in turn. The last line adds up a step of all of w4's samples
 from the best of them: every product at the fewest joules per flop, keys and values at w2's joules
 per byte, one after the other.
 """
@@ -29,13 +29,11 @@ from results_file import RESULTS, write_results
 
 from orcd_batch.backend.cuda.array import FP16, FP32, DeviceArray
 from orcd_batch.backend.cuda.device import Device
-from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.graph import Graph
 from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.engine_factory import BuiltEngine, choose_engine
 
 SETTLE_S, MEASURED_S = 0.7, 1.5
-COPIED_BYTES = 4 << 30
 PROMPTS, SAMPLES, SHARED_BLOCKS = 64, 30, 8
 
 
@@ -80,6 +78,8 @@ def measure(device: Device, counter: EnergyCounter, case: Case) -> dict[str, Any
     queue()
     device.synchronize()
     graph = Graph(device, queue)
+    graph.launch()
+    device.synchronize()
     started = time.perf_counter()
     graph.launch()
     device.synchronize()
@@ -113,19 +113,6 @@ def measure(device: Device, counter: EnergyCounter, case: Case) -> dict[str, Any
         row["pj_per_byte"] = round(joules / case.num_bytes * 1e12, 1)
     print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return row
-
-
-def copy(bench: Bench) -> Case:
-    from cuda.bindings import driver
-
-    source = bench.normal(COPIED_BYTES // 2, dtype=FP16)
-    target = bench.ops.device.allocate(COPIED_BYTES, "staging").ptr
-    handle = bench.ops.device.stream.handle
-
-    def run(_: int) -> None:
-        call(driver.cuMemcpyDtoDAsync(target, source.ptr, COPIED_BYTES, handle))
-
-    return Case("copy of 4 GiB, read and write", 2 * COPIED_BYTES, run)
 
 
 def attention(
@@ -207,9 +194,7 @@ def main() -> None:
     choice = choose_engine("cuda")
     bench = Bench()
     counter = EnergyCounter(bench.ops.device.index)
-    rows = [measure(bench.ops.device, counter, copy(bench))]
-    bench.free()
-    rows += decode_attention(bench, counter)
+    rows = decode_attention(bench, counter)
     with open_engine(options.model, choice, kv_cache_bytes=4_000_000_000) as built:
         for num_rows in options.rows:
             cases = products(bench, built, num_rows)

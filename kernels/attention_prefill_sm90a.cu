@@ -257,11 +257,10 @@ __device__ __forceinline__ void attend_all(Shared& shared, u32 slots, float4* pa
     Ring<2> turn;
     while (true) {
         wait_for(shared_address(&shared.item_full[turn.place()]), turn.round());
-        const Item item = shared.items[turn.place()];  // read once
+        const Item item = shared.items[turn.place()];
         if (item.num_rows == 0) break;
+        arrive(shared_address(&shared.item_empty[turn.place()]));
         attend(item, tiles, parked, q, out, reach, scale);
-        __syncwarp();
-        if (threadIdx.x % WARP == 0) arrive(shared_address(&shared.item_empty[turn.place()]));
         ++turn.count;
     }
 }
@@ -352,7 +351,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + LOADER_THREADS, MIN_BLOCK
         }
         for (int i = 0; i < 2; ++i) {
             init_barrier(shared_address(&shared.item_full[i]), 1);
-            init_barrier(shared_address(&shared.item_empty[i]), WARPS);
+            init_barrier(shared_address(&shared.item_empty[i]), THREADS);  // each has its copy
         }
         show_to_async_units();
     }

@@ -115,6 +115,8 @@ struct Lookup {
         item.sequence[lane] = sequence;
         item.query[lane] = query;
         item.context[lane] = context;
+        // What the loader reads is written by the lane that arrives, and given back by every lane that
+        // has read it: racecheck follows barriers lane by lane.
         int blocks[SPLIT_TILES];
 #pragma unroll
         for (int i = 0; i < SPLIT_TILES; ++i) blocks[i] = __shfl_sync(FULL_WARP, block, i);
