@@ -152,6 +152,7 @@ def test_just_the_slots_of_a_step_are_read_and_poisoned() -> None:
         caches = ops.allocate_kv_cache(2, 5, 3, 64)
         shape = (2, 2, 5, 3, BLOCK_SIZE, 64)
         before = np.random.default_rng(0).integers(0, 1 << 16, shape).astype(np.uint16)
+        ops.device.synchronize()  # zeros come first
         for layer, cache in enumerate(caches):
             for side, array in enumerate((cache.keys, cache.values)):
                 data = np.ascontiguousarray(before[layer, side])

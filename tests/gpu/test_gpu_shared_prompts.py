@@ -141,6 +141,7 @@ def fill(ops: Any, caches: Sequence[KVCache], halves: NDArray[np.float16]) -> No
 
     from orcd_batch.backend.cuda.driver import call
 
+    ops.device.synchronize()  # zeros come first
     for layer, cache in enumerate(caches):
         for side, array in enumerate((cache.keys, cache.values)):
             data = np.ascontiguousarray(halves[layer, side])
