@@ -14,10 +14,11 @@ per byte, one after the other.
 import argparse
 import math
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -34,42 +35,64 @@ from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.engine_factory import BuiltEngine, choose_engine
 
 SETTLE_S, MEASURED_S = 0.7, 1.5
+# Replays until the host looks at the time: a few milliseconds each, with some microseconds between.
+AT_ONCE = 8
 PROMPTS, SAMPLES, SHARED_BLOCKS = 64, 30, 8
 
 
 class EnergyCounter:
-    """The joules that a card has taken, which NVML counts in steps of some 20 to 100 ms."""
+    """The joules that a card has taken, as NVML counts them: in steps of some 20 to 100 ms, which
+    a thread notes while the context is open."""
 
     def __init__(self, index: int) -> None:
         from cuda.bindings import nvml
 
         nvml.init_v2()
         self._nvml, self._card = nvml, nvml.device_get_handle_by_index_v2(index)
+        self._steps: list[tuple[float, float]] = []
+        self._done = threading.Event()
 
-    def watts(self, done: Callable[[], bool]) -> float:
-        """The mean from the counter's first step from now on to its last one before done()."""
-        steps = [self._next_step()]
-        while not done():
-            steps.append(self._next_step())
-        (first, began), (last, ended) = steps[0], steps[-2]
-        return (last - first) / (ended - began)
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._note)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def watts(self, start: float, end: float) -> float:
+        """The mean between two readings of time.perf_counter()."""
+        return mean_watts(self._steps, start, end)
 
     def sm_mhz(self) -> int:
         return int(self._nvml.device_get_clock_info(self._card, self._nvml.ClockType.CLOCK_SM))
 
-    def _next_step(self) -> tuple[float, float]:
-        before = self._joules()
-        while (joules := self._joules()) == before:
-            time.sleep(0.001)
-        return joules, time.perf_counter()
+    def _note(self) -> None:
+        before = -1.0
+        while not self._done.wait(0.002):
+            joules = self._nvml.device_get_total_energy_consumption(self._card) / 1e3
+            if joules != before:
+                self._steps.append((time.perf_counter(), joules))
+                before = joules
 
-    def _joules(self) -> float:
-        return self._nvml.device_get_total_energy_consumption(self._card) / 1e3
+
+def mean_watts(steps: Sequence[tuple[float, float]], start: float, end: float) -> float:
+    """From the first to the last step of a counter, (seconds, joules), between start and end.
+
+    Raises RuntimeError where there are not two.
+    """
+    between = [step for step in steps if start <= step[0] <= end]
+    if len(between) < 2:
+        raise RuntimeError(
+            f"The energy counter moved {len(between)} times in {end - start:.2f} s: measure longer."
+        )
+    (began, first), (ended, last) = between[0], between[-1]
+    return (last - first) / (ended - began)
 
 
 def measure(device: Device, counter: EnergyCounter, case: Case) -> dict[str, Any]:
     """case.run(i) for i up to case.count is replayed."""
-    from cuda.core import EventOptions
 
     def queue() -> None:
         for i in range(case.count):
@@ -78,25 +101,22 @@ def measure(device: Device, counter: EnergyCounter, case: Case) -> dict[str, Any
     queue()
     device.synchronize()
     graph = Graph(device, queue)
-    graph.launch()
-    device.synchronize()
-    started = time.perf_counter()
-    graph.launch()
-    device.synchronize()
-    once = time.perf_counter() - started
-    for _ in range(math.ceil(SETTLE_S / once)):
-        graph.launch()
-    device.synchronize()
-    replays = math.ceil(MEASURED_S / once)
-    start = device.stream.record(options=EventOptions(timing_enabled=True))
-    for _ in range(replays):
-        graph.launch()
-    end = device.stream.record(options=EventOptions(timing_enabled=True))
+
+    def replay(seconds: float) -> tuple[float, float, int]:
+        """When it began and ended, and how many replays there were."""
+        start, replays = time.perf_counter(), 0
+        while (now := time.perf_counter()) < start + seconds:
+            for _ in range(AT_ONCE):
+                graph.launch()
+            device.synchronize()
+            replays += AT_ONCE
+        return start, now, replays
+
+    replay(SETTLE_S)
+    start, end, replays = replay(MEASURED_S)
     mhz = counter.sm_mhz()
-    watts = counter.watts(lambda: end.is_done)
-    device.synchronize()
-    seconds = float(end - start) / 1e3 / replays / case.count
     graph.close()
+    seconds, watts = (end - start) / replays / case.count, counter.watts(start, end)
     joules = seconds * watts
     row = {
         "what": case.name,
@@ -193,15 +213,15 @@ def main() -> None:
     options = parser.parse_args()
     choice = choose_engine("cuda")
     bench = Bench()
-    counter = EnergyCounter(bench.ops.device.index)
-    rows = decode_attention(bench, counter)
-    with open_engine(options.model, choice, kv_cache_bytes=4_000_000_000) as built:
-        for num_rows in options.rows:
-            cases = products(bench, built, num_rows)
-            rows += [measure(built.ops.device, counter, case) for case in cases]
-            bench.free()
-        kv_bytes = next(row["kv_bytes"] for row in rows if "kv_bytes" in row)
-        step = step_of_the_best(built, rows, kv_bytes)
+    with EnergyCounter(bench.ops.device.index) as counter:
+        rows = decode_attention(bench, counter)
+        with open_engine(options.model, choice, kv_cache_bytes=4_000_000_000) as built:
+            for num_rows in options.rows:
+                cases = products(bench, built, num_rows)
+                rows += [measure(built.ops.device, counter, case) for case in cases]
+                bench.free()
+            kv_bytes = next(row["kv_bytes"] for row in rows if "kv_bytes" in row)
+            step = step_of_the_best(built, rows, kv_bytes)
     bench.ops.close()
     print("a step of w4 of the best:", ", ".join(f"{name} {value}" for name, value in step.items()))
     write_results(options.results, "energy", choice, {"parts": rows, "w4_step_of_the_best": step})
