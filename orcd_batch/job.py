@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orcd_batch.collector import relaxed_collector
 from orcd_batch.config import JobOptions
 from orcd_batch.data import DatasetOptions, InputDataset, preview
 from orcd_batch.errors import OrcdError
@@ -108,7 +109,8 @@ def run_jobs(
             loaded = time.perf_counter()
             phases.end("weights and engine")
             generation = Generation(unfinished, dataset, source, machinery.runner, view, phases)
-            generation.run(interrupts)
+            with relaxed_collector():
+                generation.run(interrupts)
             seconds = {"start_s": loaded - started, "generate_s": time.perf_counter() - loaded}
             for run, num_tokens in zip(unfinished, generation.num_tokens, strict=True):
                 statistics = run_statistics(seconds, num_tokens, generation.num_tokens, machinery)

@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "scale_out": {
         *("errors", "config", "data", "reproducibility", "prompts", "provenance", "row_runner"),
-        *("engine_factory", "loaded_engine", "model_source"),
+        *("engine_factory", "loaded_engine", "model_source", "collector"),
     },
     "sweep": {"errors", "config", "interrupts", "job", "job_run", "reproducibility", "view"},
     "nightly": {

@@ -1,6 +1,5 @@
 """What driver and workers tell each other arrives as it was, and costs no looking for garbage."""
 
-import gc
 from typing import Any
 
 from hypothesis import given
@@ -8,7 +7,6 @@ from hypothesis import strategies as st
 
 from orcd_batch.data import InputRow, SampleResult
 from orcd_batch.data.part_file import part_batch
-from orcd_batch.scale_out.collector import relax_collector
 from orcd_batch.scale_out.messages import packed, unpacked
 from orcd_batch.scale_out.runner import RowBatch
 
@@ -28,18 +26,6 @@ rows = st.builds(
 @given(st.lists(st.tuples(rows, st.frozensets(st.integers(0, 3))), min_size=1, max_size=6))
 def test_rows_arrive_as_they_were_sent(sent: list[tuple[InputRow, Any]]) -> None:
     assert unpacked(packed(sent)) == sent
-
-
-def test_the_collector_is_relaxed_for_a_job_and_then_as_before() -> None:
-    before = gc.get_threshold(), gc.get_freeze_count()
-    restore = relax_collector()
-    try:
-        assert gc.get_threshold()[0] > before[0][0]
-        assert gc.get_freeze_count() > before[1]
-    finally:
-        restore()
-    assert gc.get_threshold() == before[0]
-    assert gc.get_freeze_count() == 0
 
 
 def test_a_row_is_refused_for_any_of_its_samples_and_told_once() -> None:

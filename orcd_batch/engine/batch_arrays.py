@@ -125,7 +125,8 @@ def make_sample_batch(sequences: Items[Sequence]) -> SampleBatch:
 
 
 def _positions(sequences: Items[Sequence]) -> NDArray[np.uint32]:
-    return np.array([sequence.num_tokens for sequence in sequences], np.uint32)
+    counts = [len(sequence.token_ids) + sequence.num_pending for sequence in sequences]
+    return np.array(counts, np.uint32)
 
 
 def _seen(sequences: Items[Sequence]) -> dict[str, NDArray[np.int32]]:

@@ -140,8 +140,7 @@ class Engine:
         decoded = [chunk.sequence for chunk in chunks if chunk.sequence.is_decoding]
         prefilled = sum(chunk.num_tokens for chunk in chunks) - len(decoded)
         self._launched.append(_Step(sampling, prefilled, decoded, results))
-        for chunk in chunks:
-            self.scheduler.advance(chunk)
+        self.scheduler.advance(chunks)
         for row, sequence in enumerate(sampling):
             sequence.num_pending += 1
             sequence.pending_row = row

@@ -12,6 +12,7 @@ costs more than their tokens.
 
 from bisect import insort
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from orcd_batch.engine.block_manager import BlockManager
@@ -77,7 +78,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
-            num_tokens = sequence.num_tokens
+            num_tokens = len(sequence.token_ids) + sequence.num_pending  # here for speed
             if num_tokens >= sequence.max_tokens:  # those read and those pending
                 continue
             if num_tokens - sequence.num_computed_tokens == 1:
@@ -90,14 +91,16 @@ class Scheduler:
         self._admit(chunks, budget)
         return chunks
 
-    def advance(self, chunk: Chunk) -> None:
-        """The chunk's tokens are in the cache once the step just launched has run."""
-        sequence = chunk.sequence
-        if sequence.copy is not None:
-            self._end_copy(sequence)
-        sequence.num_computed_tokens += chunk.num_tokens
-        if sequence.num_computed_tokens <= len(sequence.request.prompt_token_ids):
-            self._block_manager.mark_computed(sequence.block_table, sequence.num_computed_tokens)
+    def advance(self, chunks: Iterable[Chunk]) -> None:
+        """The chunks' tokens are in the cache once the step just launched has run."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.copy is not None:
+                self._end_copy(sequence)
+            num_computed = sequence.num_computed_tokens + chunk.num_tokens
+            sequence.num_computed_tokens = num_computed
+            if num_computed <= len(sequence.request.prompt_token_ids):
+                self._block_manager.mark_computed(sequence.block_table, num_computed)
 
     def finish(self, sequence: Sequence) -> None:
         """A running sequence leaves; its blocks stay held while a launched step writes to them."""

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from orcd_batch.collector import relax_collector
 from orcd_batch.config import JobOptions, SamplingOptions
 from orcd_batch.engine_factory import EngineChoice
 from orcd_batch.errors import OrcdError, ScaleOutError
 from orcd_batch.provenance import choose_here
-from orcd_batch.scale_out.collector import relax_collector
 from orcd_batch.scale_out.crew import Crew, one_line
 from orcd_batch.scale_out.messages import Assignment
 from orcd_batch.scale_out.runner import RayMachinery, RayRunner

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
+from orcd_batch.collector import relax_collector
 from orcd_batch.data import InputRow
 from orcd_batch.data.part_file import part_batch
 from orcd_batch.engine_factory import choose_engine
@@ -24,7 +25,6 @@ from orcd_batch.loaded_engine import LoadedEngine, Machinery, Runner
 from orcd_batch.model_source import ModelSource
 from orcd_batch.provenance import choose_here, job_identity
 from orcd_batch.row_runner import JobRow
-from orcd_batch.scale_out.collector import relax_collector
 from orcd_batch.scale_out.messages import Assignment, Failure, Loaded, Reply, Report, unpacked
 from orcd_batch.scale_out.worker_log import begin_log
 

@@ -1,9 +1,11 @@
 """Python's collector of cyclic garbage, where many rows are held for a moment, not in cycles."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-# More objects than the rows between input and workers, which would be looked through in vain.
+# More objects than a step's sequences or the rows between input and workers, which would be looked
+# through in vain.
 _THRESHOLD = 100_000
 
 
@@ -13,7 +15,6 @@ def relax_collector() -> Callable[[], None]:
     Returns what undoes it.
     """
     previous = gc.get_threshold()
-    gc.collect()
     gc.freeze()
     gc.set_threshold(_THRESHOLD, *previous[1:])
 
@@ -22,3 +23,13 @@ def relax_collector() -> Callable[[], None]:
         gc.unfreeze()
 
     return restore
+
+
+@contextmanager
+def relaxed_collector() -> Iterator[None]:
+    """`relax_collector` for as long as the context is open."""
+    restore = relax_collector()
+    try:
+        yield
+    finally:
+        restore()
