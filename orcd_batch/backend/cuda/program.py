@@ -183,7 +183,7 @@ class Kernels:
             raise
 
     def manifest(self) -> dict[str, Any]:
-        """Compile options, compiler version, and SHA-256 of every cubin in use."""
+        """Compile options, compiler version, and SHA-256 of every cubin that was loaded."""
         from cuda.bindings import nvrtc
 
         _, major, minor = nvrtc.nvrtcVersion()
