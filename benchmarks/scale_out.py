@@ -109,6 +109,7 @@ def trivial(folder: Path, num_rows: int, num_tokens: int, replicas: int) -> dict
     from large_job import write_input
     from support.gguf_factory import write_model
 
+    from orcd_batch.collector import relaxed_collector
     from orcd_batch.config import JobOptions
     from orcd_batch.data import DatasetOptions, InputDataset
     from orcd_batch.generation import Generation
@@ -143,10 +144,11 @@ def trivial(folder: Path, num_rows: int, num_tokens: int, replicas: int) -> dict
                 machinery.runner.look()
             started, cpu_started = time.perf_counter(), time.process_time()
             generation = Generation([run], dataset, source, machinery.runner, view, Phases())
-            generation.run(interrupts)
-            moved = time.perf_counter()
-            totals = run_totals(run.store)
-            run.store.assemble(dataset, {"run_hash": totals.run_hash})
+            with relaxed_collector():  # as in a job
+                generation.run(interrupts)
+                moved = time.perf_counter()
+                totals = run_totals(run.store)
+                run.store.assemble(dataset, {"run_hash": totals.run_hash})
             ended, cpu_ended = time.perf_counter(), time.process_time()
     assert totals.num_rows == num_rows, f"{totals.num_rows} rows of {num_rows}"
     return {

@@ -109,8 +109,8 @@ def run_jobs(
             loaded = time.perf_counter()
             phases.end("weights and engine")
             generation = Generation(unfinished, dataset, source, machinery.runner, view, phases)
-            with relaxed_collector():
-                generation.run(interrupts)
+            stack.enter_context(relaxed_collector())
+            generation.run(interrupts)
             seconds = {"start_s": loaded - started, "generate_s": time.perf_counter() - loaded}
             for run, num_tokens in zip(unfinished, generation.num_tokens, strict=True):
                 statistics = run_statistics(seconds, num_tokens, generation.num_tokens, machinery)

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from orcd_batch.collector import relax_collector
 from orcd_batch.config import JobOptions, SamplingOptions
 from orcd_batch.engine_factory import EngineChoice
 from orcd_batch.errors import OrcdError, ScaleOutError
@@ -50,7 +49,6 @@ class ScaleOut:
         self._make_engine = make_engine
         self._session: RaySession | None = None
         self._crew: Crew | None = None
-        self._restore_collector: Callable[[], None] | None = None
         if options.scale_out.address is not None:
             self._session = RaySession(options.scale_out.address)
 
@@ -130,7 +128,6 @@ class ScaleOut:
         while not self._crew.num_ready:
             check()
             runner.look()
-        self._restore_collector = relax_collector()
         return RayMachinery(runner, self._crew)
 
     @property
@@ -139,9 +136,6 @@ class ScaleOut:
         return self._crew.num_ready if self._crew else 0
 
     def close(self) -> None:
-        if self._restore_collector is not None:
-            self._restore_collector()
-            self._restore_collector = None
         if self._crew is not None:
             self._crew.close()
             self._crew = None
