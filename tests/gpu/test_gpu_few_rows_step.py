@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda.bindings import driver
+from support.cache_contents import contents, fill
 from support.gguf_factory import write_model
 
 from orcd_batch import SamplingParams
@@ -152,19 +153,12 @@ def test_just_the_slots_of_a_step_are_read_and_poisoned() -> None:
         caches = ops.allocate_kv_cache(2, 5, 3, 64)
         shape = (2, 2, 5, 3, BLOCK_SIZE, 64)
         before = np.random.default_rng(0).integers(0, 1 << 16, shape).astype(np.uint16)
-        ops.device.synchronize()  # zeros come first
-        for layer, cache in enumerate(caches):
-            for side, array in enumerate((cache.keys, cache.values)):
-                data = np.ascontiguousarray(before[layer, side])
-                call(driver.cuMemcpyHtoD(array.ptr, data.ctypes.data, data.nbytes))
+        fill(ops, caches, before)
         slots = StepSlots(ops.device, caches, np.array([3 * BLOCK_SIZE + 7, -1, 63], np.int32))
         picked = [before[:, :, 3, :, 7], before[:, :, 0, :, 63]]
         assert slots.read() == np.stack(picked, axis=2).tobytes()
         slots.poison()
         before[:, :, 3, :, 7] = before[:, :, 0, :, 63] = 0xFFFF
-        for layer, cache in enumerate(caches):
-            for side, array in enumerate((cache.keys, cache.values)):
-                found = ops.staging.fetch(array).view(np.uint16)
-                np.testing.assert_array_equal(found, before[layer, side])
+        np.testing.assert_array_equal(contents(ops, caches), before)
     finally:
         ops.close()

@@ -1,6 +1,5 @@
 """Prompts computed once and read once: the bits of those who share are those of one alone."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.attention_problem import AttentionProblem, shared_problem
+from support.cache_contents import contents, fill
 from support.gguf_factory import write_model
 
 from orcd_batch import SamplingParams
@@ -122,31 +122,14 @@ def test_the_beginnings_of_blocks_are_copied_in_every_layer(device: Any) -> None
         rng = np.random.default_rng(0)
         caches = ops.allocate_kv_cache(3, 9, 2, 64)
         before = rng.integers(0, 1 << 16, (3, 2, 9, 2, BLOCK_SIZE, 64)).astype(np.uint16)
-        halves = before.view(np.float16)
-        fill(ops, caches, halves)
+        fill(ops, caches, before)
         copies = np.array([[0, 5, 63], [0, 7, 1], [3, 2, 33], [8, 6, 64]], np.int32)
         ops.copy_blocks(caches, copies)
         for source, target, count in copies.tolist():
             before[:, :, target, :, :count] = before[:, :, source, :, :count]
-        for layer, cache in enumerate(caches):
-            for side, array in enumerate((cache.keys, cache.values)):
-                found = ops.staging.fetch(array).view(np.uint16)
-                np.testing.assert_array_equal(found, before[layer, side])
+        np.testing.assert_array_equal(contents(ops, caches), before)
     finally:
         ops.close()
-
-
-def fill(ops: Any, caches: Sequence[KVCache], halves: NDArray[np.float16]) -> None:
-    from cuda.bindings import driver
-
-    from orcd_batch.backend.cuda.driver import call
-
-    ops.device.synchronize()  # zeros come first
-    for layer, cache in enumerate(caches):
-        for side, array in enumerate((cache.keys, cache.values)):
-            data = np.ascontiguousarray(halves[layer, side])
-            call(driver.cuMemcpyHtoD(array.ptr, data.ctypes.data, data.nbytes))
-    ops.device.synchronize()
 
 
 MODELS: dict[str, dict[str, Any]] = {
