@@ -23,7 +23,7 @@ from orcd_batch.backend.cuda.array import FP16, DeviceArray
 from orcd_batch.backend.cuda.candidates import Candidates
 from orcd_batch.backend.cuda.cublas import ANY_REDUCTION, CublasLt
 from orcd_batch.backend.cuda.device import Device
-from orcd_batch.backend.cuda.product import Key, Output, buffer_name
+from orcd_batch.backend.cuda.product import Key, Output
 from orcd_batch.backend.cuda.program import Kernels
 from orcd_batch.backend.cuda.self_test import Candidate, SelfTest
 from orcd_batch.backend.cuda.workspace import Workspace
@@ -52,8 +52,7 @@ def main() -> None:
     rows = [int(text) for text in options.rows.split(",")]
     device = Device()
     kernels = Kernels(device)
-    workspace = Workspace(device)
-    ways = Candidates(device, kernels, workspace)
+    ways = Candidates(device, kernels, Workspace(device))
     library = CublasLt(device)
     print(f"{device.name}, cuBLASLt {library.version}", file=sys.stderr)
     results = []
@@ -64,9 +63,7 @@ def main() -> None:
         shape = (max(wanted), output.num_columns(n))
         buffer = device.allocate(shape[0] * shape[1] * output.dtype.itemsize, "staging")
         y = DeviceArray(buffer.ptr, shape, output.dtype)
-        between = None
-        if output is Output.GATED:
-            between = workspace.take(buffer_name(n, Output.FP16), (shape[0], n), FP16)
+        between = ways.between(shape[0], n, output)
         test = SelfTest(device, kernels, weights, y, output, ways.reference(output), between)
         for m in wanted:
             row = measure(test, ways, library, name, key, m)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.device import Device, runs_sm90a
 from orcd_batch.backend.cuda.program import int32
 from orcd_batch.backend.ops import BLOCK_SIZE
 from orcd_batch.errors import DeviceError
@@ -220,7 +220,7 @@ def shared_shape(
 
 def has_wgmma(device: Device) -> bool:
     """Whether kernels with wgmma stand in for the generic ones."""
-    return USE_WGMMA and device.compute_capability == (9, 0)
+    return USE_WGMMA and runs_sm90a(device)
 
 
 def best_prefill_shape(

@@ -86,6 +86,10 @@ class Candidates:
             return self._then_swiglu(self.reference(Output.FP16))
         return partial(gemm_k16, self._kernels, output=output)
 
+    def between(self, num_rows: int, n: int, output: Output) -> DeviceArray | None:
+        """Where a product leaves what its activation reads, if they may be two kernels."""
+        return self._gate_up(num_rows, n) if output is Output.GATED else None
+
     def close(self) -> None:
         """Destroys the library handle. Safe to call twice."""
         if self._library is not None:
@@ -100,9 +104,11 @@ class Candidates:
 
     def _then_swiglu(self, product: Product) -> Product:
         def run(x: DeviceArray, weight: DeviceArray, y: DeviceArray) -> None:
-            shape = (x.shape[0], weight.shape[0])
-            gate_up = self._workspace.take(buffer_name(shape[1], Output.FP16), shape, FP16)
+            gate_up = self._gate_up(x.shape[0], weight.shape[0])
             product(x, weight, gate_up)
             swiglu(self._kernels, gate_up, y)
 
         return run
+
+    def _gate_up(self, num_rows: int, n: int) -> DeviceArray:
+        return self._workspace.take(buffer_name(n, Output.FP16), (num_rows, n), FP16)

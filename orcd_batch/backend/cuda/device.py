@@ -162,6 +162,11 @@ def not_enough_memory(use: str, needed: int, memory: MemoryInfo) -> str:
     )
 
 
+def runs_sm90a(device: Device) -> bool:
+    """Whether kernels compiled for sm_90a run: they do on compute capability 9.0 alone."""
+    return device.compute_capability == (9, 0)
+
+
 def device_unavailable_reason(index: int = 0) -> str | None:
     """Why no GPU can be used here, as one sentence, or None when one can."""
     try:

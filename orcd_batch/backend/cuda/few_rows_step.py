@@ -4,7 +4,7 @@ The ops of such a step are taken down as instructions instead of being launched;
 same arithmetic in the same order, so no bit depends on it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from orcd_batch.backend.cuda.attention import (
     reach,
     score_scale,
 )
-from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.device import Device, runs_sm90a
 from orcd_batch.backend.cuda.driver import call
 from orcd_batch.backend.cuda.kernels import norm_threads
 from orcd_batch.backend.cuda.plan import ModelShape
@@ -42,7 +42,7 @@ from orcd_batch.backend.ops import BLOCK_SIZE, Batch
 USE_FEW_ROWS_STEP = True
 
 # As in kernels/few_rows_step.cu and what it includes.
-_ARCH, _CAPABILITY = "sm_90a", (9, 0)
+_ARCH = "sm_90a"
 _WARPS, _COPIERS = 8, 4
 _STAGE_K, _GROUP_K = 256, 64
 _SLOT_BYTES = TILE_N * _STAGE_K * 2
@@ -88,7 +88,7 @@ def step_layout(
     inner = {shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size}
     outer = {n for n, _ in shape.linear_shapes}
     splits = num_rows * -(-table_width // SPLIT_TILES)
-    if device.compute_capability != _CAPABILITY or num_rows > MAX_STEP_ROWS or splits > MAX_SPLITS:
+    if not runs_sm90a(device) or num_rows > MAX_STEP_ROWS or splits > MAX_SPLITS:
         return None
     if any(k % _GROUP_K for k in inner) or any(n % TILE_N for n in outer):
         return None
@@ -270,11 +270,10 @@ def _defines(shape: ModelShape) -> Defines:
 @contextmanager
 def _replaced(ops: Any, recording: Recording, logits: Callable[..., Any]) -> Iterator[None]:
     """The recorded ops in place of those of `ops`, for as long as the step is put together."""
-    names: Sequence[str] = _RECORDED_OPS
-    for name in names:
+    for name in _RECORDED_OPS:
         setattr(ops, name, logits if name == "logits" else getattr(recording, name))
     try:
         yield
     finally:
-        for name in names:
+        for name in _RECORDED_OPS:
             delattr(ops, name)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from orcd_batch.backend.cuda.array import DeviceArray
-from orcd_batch.backend.cuda.device import Device
+from orcd_batch.backend.cuda.device import Device, runs_sm90a
 from orcd_batch.backend.cuda.program import Defines, Kernels, int32
 from orcd_batch.backend.cuda.tensor_map import box_map
 from orcd_batch.errors import DeviceError
@@ -78,7 +78,7 @@ def gated_tiles(
     n, k = weight_shape
     size = n // 2
     is_narrow = min(size, k) < _TILE_K or size % _VECTOR or k % _VECTOR
-    if device.compute_capability != (9, 0) or is_narrow:
+    if not runs_sm90a(device) or is_narrow:
         return ()
     return tuple(t for t in TILES if t.rows * t.cluster < 2 * max(num_rows, _GROUP_ROWS))
 

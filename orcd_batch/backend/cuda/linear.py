@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from orcd_batch.backend.cuda.array import FP16, DeviceArray
+from orcd_batch.backend.cuda.array import DeviceArray
 from orcd_batch.backend.cuda.cache import cache_dir, read_json, write_json
 from orcd_batch.backend.cuda.candidates import Candidates
 from orcd_batch.backend.cuda.device import Device
@@ -178,7 +178,7 @@ class Linear:
         with self._test_output(missing[-1].most, n, output) as y:
             weights = self._weights[n, k]
             reference = self._candidates.reference(output)
-            between = self._between(missing[-1].most, n, output)
+            between = self._candidates.between(missing[-1].most, n, output)
             test = SelfTest(self._device, self._kernels, weights, y, output, reference, between)
             try:
                 for bucket in missing:
@@ -203,12 +203,6 @@ class Linear:
             yield DeviceArray(buffer.ptr, (num_rows, n), output.dtype)
         finally:
             self._device.free(buffer)
-
-    def _between(self, num_rows: int, n: int, output: Output) -> DeviceArray | None:
-        """What lies between a product and its activation, where they are two kernels."""
-        if output is not Output.GATED:
-            return None
-        return self._workspace.take(buffer_name(n, Output.FP16), (num_rows, n), FP16)
 
     def _recall(self, key: Key, bucket: Bucket) -> bool:
         if (key, bucket) in self._chosen:
