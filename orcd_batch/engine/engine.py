@@ -159,7 +159,7 @@ class Engine:
         self.decode_tokens += sum(not sequence.is_finished for sequence in step.decoded)
         finished = []
         assert sampled is not None or not step.sampling, "nothing was sampled"
-        columns = _host_columns(sampled) if sampled is not None else [[]] * 5
+        columns = _host_columns(sampled) if sampled is not None else [[]]
         assert len(columns[0]) >= len(step.sampling), f"{len(columns[0])} rows: too few"
         # Padding comes last.
         for sequence, finite, *values in zip(step.sampling, *columns, strict=False):
